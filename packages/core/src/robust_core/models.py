@@ -1,0 +1,147 @@
+"""The user's model: normalisation as a layer, state that is left as found, identity, and padded passes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "Classifier",
+    "Normalize",
+    "PassCounter",
+    "fingerprint",
+    "frozen",
+    "model_device",
+    "padded",
+    "predict_logits",
+]
+
+Classifier = Callable[[Tensor], Tensor]
+"""(B, ...) inputs in their natural domain -> (B, C) logits; usually an ``nn.Module``."""
+
+ROW_MULTIPLE, ROW_MINIMUM = 8, 16
+"""Batches are padded to a multiple of 8 rows, at least 16: from there on the matrix kernels of the CPU give a row
+the same bits whatever stands beside it (float32 needs 16 rows, float64 a multiple of 4)."""
+
+
+class Normalize(nn.Module):
+    """Subtract ``mean`` and divide by ``std``, channel by channel: put it in front of a network.
+
+    Args:
+        mean: one value for each channel.
+        std: one value for each channel, above 0.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not len(mean) or min(std) <= 0:
+            raise ValueError(f"mean={mean!r}, std={std!r}: equal lengths and positive std are needed")
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("std", torch.tensor(std))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, C, ...) normalised inputs."""
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        mean, std = self.get_buffer("mean"), self.get_buffer("std")
+        return (x - mean.to(x.dtype).reshape(shape)) / std.to(x.dtype).reshape(shape)
+
+
+@contextmanager
+def frozen(model: Classifier) -> Iterator[None]:
+    """Hold ``model`` in eval mode with its parameters frozen; on exit every mode and flag is as before.
+
+    Frozen parameters save memory and time in attacks, and keep ``.grad`` clean. A callable that is no
+    ``nn.Module`` passes through.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def model_device(model: Classifier) -> torch.device | None:
+    """Return the device of the model's first parameter or buffer, or None where there is neither."""
+    if isinstance(model, nn.Module):
+        for tensor in (*model.parameters(), *model.buffers()):
+            return tensor.device
+    return None
+
+
+def fingerprint(model: Classifier) -> str:
+    """Return a SHA-256 over names, shapes, dtypes and bytes of all parameters and buffers, and the structure.
+
+    A callable without state is known by its qualified name only.
+    """
+    digest = hashlib.sha256()
+    if not isinstance(model, nn.Module):
+        digest.update(f"{getattr(model, '__module__', '')}.{getattr(model, '__qualname__', type(model))}".encode())
+        return digest.hexdigest()
+    digest.update(str(model).encode())
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def padded(x: Tensor) -> Tensor:
+    """Return ``x`` with its last row repeated up to a batch size at which rows do not influence each other's bits."""
+    missing = max(ROW_MINIMUM, len(x) + -len(x) % ROW_MULTIPLE) - len(x)
+    return torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x
+
+
+def predict_logits(model: Classifier, x: Tensor, *, batch_size: int = 256) -> Tensor:
+    """Return (B, C) logits without gradients, in eval mode, in padded chunks.
+
+    Raises:
+        ValueError: the model returns something that is not (B, C).
+    """
+    rows = []
+    with frozen(model), torch.no_grad():
+        for part in x.split(batch_size):
+            logits = model(padded(part))
+            if not isinstance(logits, Tensor) or logits.ndim != 2:
+                shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise ValueError(f"the model returned {shape}; a classifier maps (B, ...) to logits (B, C)")
+            rows.append(logits[: len(part)])
+    return torch.cat(rows)
+
+
+class PassCounter:
+    """Wrap a classifier and count its passes, in samples.
+
+    Attributes:
+        forwards: samples sent through the model.
+        backwards: samples whose gradient came back.
+    """
+
+    def __init__(self, model: Classifier) -> None:
+        self.model = model
+        self.forwards = 0
+        self.backwards = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the model's logits."""
+        self.forwards += len(x)
+        logits = self.model(x)
+        if logits.requires_grad:
+            logits.register_hook(self._count_backward)
+        return logits
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        self.backwards += len(gradient)

@@ -1,0 +1,132 @@
+"""The only place that makes random streams.
+
+A stream belongs to a *sample*, not to a batch: it is a pure function of ``(seed, sample index, purpose,
+chunk)``. Results therefore do not depend on batch size, order, resume point or number of workers, and the
+global generators of torch and numpy are never touched.
+
+Two forms: :func:`stream` is a native ``torch.Generator``, fast for much noise of one sample;
+:class:`SampleStreams` draws a few numbers for each of many samples at once, by a counter-based hash
+(SplitMix64 finalisers, Steele, Lea and Flood 2014) evaluated in tensors on the samples' own device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["Seed", "SampleStreams", "derive", "resolve_seed", "stream"]
+
+Seed = torch.Generator | int | None
+_MASK63 = (1 << 63) - 1
+
+
+def resolve_seed(generator: Seed) -> int:
+    """Return the integer seed meant by ``generator``: itself, 0 for None, or a draw from a torch generator.
+
+    Raises:
+        TypeError: ``generator`` is of another type.
+        ValueError: a negative integer, or one of 64 bits or more.
+    """
+    if generator is None:
+        return 0
+    if isinstance(generator, torch.Generator):
+        return int(torch.randint(_MASK63, (), generator=generator, device=generator.device))
+    if isinstance(generator, bool) or not isinstance(generator, int):
+        raise TypeError(f"generator must be a torch.Generator, an int or None, not {type(generator).__name__}")
+    if not 0 <= generator <= _MASK63:
+        raise ValueError(f"generator={generator}: an integer seed lies in 0 .. 2**63 - 1")
+    return generator
+
+
+def derive(seed: int, *path: int | str) -> int:
+    """Return a 63-bit seed that depends on ``seed`` and on every element of ``path``, and on their order."""
+    text = "\x1f".join([f"{seed:d}", *(f"{type(part).__name__[0]}{part}" for part in path)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") & _MASK63
+
+
+def stream(
+    seed: int, index: int, purpose: str, *, chunk: int = 0, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """Return the generator of chunk ``chunk`` of sample ``index`` for one ``purpose``."""
+    generator = torch.Generator(device=device)
+    generator.manual_seed(derive(seed, purpose, index, chunk))
+    return generator
+
+
+def _signed(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GOLDEN, _C1, _C2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    return (value >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts are arithmetic; we need the logical one
+
+
+def _mix(value: Tensor) -> Tensor:
+    """SplitMix64's finaliser: a bijection of 64-bit words whose output bits look independent."""
+    value = (value ^ _shift(value, 30)) * _C1
+    value = (value ^ _shift(value, 27)) * _C2
+    return value ^ _shift(value, 31)
+
+
+class SampleStreams:
+    """Random numbers for a batch of samples, row ``i`` depending only on ``(seed, index[i], purpose, chunk)``.
+
+    Args:
+        seed: integer seed of the run.
+        index: (B,) int64, position of each row in the original data set.
+        purpose: names what the numbers are for; two purposes never share numbers.
+    """
+
+    def __init__(self, seed: int, index: Tensor, purpose: str) -> None:
+        self.index = index
+        self.key = _mix(index.to(torch.int64) * _GOLDEN + _signed(derive(seed, purpose)))
+
+    def select(self, rows: Tensor) -> SampleStreams:
+        """Return the streams of some rows (an index or boolean tensor)."""
+        chosen = object.__new__(SampleStreams)
+        chosen.index, chosen.key = self.index[rows], self.key[rows]
+        return chosen
+
+    def words(self, shape: Iterable[int], *, chunk: int | Tensor = 0) -> Tensor:
+        """Return (B, *shape) uniformly distributed 64-bit words; ``chunk`` is one int or a (B,) tensor."""
+        shape = tuple(shape)
+        counter = torch.arange(math.prod(shape), dtype=torch.int64, device=self.key.device)
+        if isinstance(chunk, int):
+            chunk = torch.full_like(self.key, chunk)
+        key = _mix(self.key + chunk.to(torch.int64) * _C2)
+        return _mix(_mix(counter * _GOLDEN + key[:, None]) + key[:, None]).reshape(len(key), *shape)
+
+    def uniform(
+        self, shape: Iterable[int], *, chunk: int | Tensor = 0, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Return (B, *shape) draws from U(0, 1), both ends excluded."""
+        bits = {torch.float64: 52}.get(dtype, 23)
+        word = _shift(self.words(shape, chunk=chunk), 64 - bits)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return ((word.to(wide) + 0.5) * 2.0**-bits).to(dtype)
+
+    def normal(
+        self, shape: Iterable[int], *, chunk: int | Tensor = 0, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Return (B, *shape) draws from N(0, 1), by the Box-Muller transform."""
+        shape = tuple(shape)
+        u = self.uniform((2, *shape), chunk=chunk, dtype=torch.float64)
+        return (torch.sqrt(-2.0 * torch.log(u[:, 0])) * torch.cos(2.0 * math.pi * u[:, 1])).to(dtype)
+
+    def integers(self, high: int | Tensor, shape: Iterable[int], *, chunk: int | Tensor = 0) -> Tensor:
+        """Return (B, *shape) int64 draws from 0 .. high - 1; ``high`` broadcasts against (B, *shape)."""
+        return (self.uniform(shape, chunk=chunk, dtype=torch.float64) * high).to(torch.int64)
+
+    def signs(
+        self, shape: Iterable[int], *, chunk: int | Tensor = 0, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Return (B, *shape) draws from {-1, +1}."""
+        return (_shift(self.words(shape, chunk=chunk), 63) * 2 - 1).to(dtype)

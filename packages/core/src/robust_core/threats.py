@@ -1,0 +1,265 @@
+"""Threat models: what an attacker may do to an input.
+
+A threat is a norm ball of radius ``eps`` around the input, cut with the domain of valid inputs. Lengths are
+in the units of the raw input: images lie in [0, 1] and ``eps`` is ``8 / 255``, never ``8``.
+
+Membership has no tolerance. ``threat.contains(x_adv, x)`` measures the difference of the *stored* tensors in
+float64, and ``threat.project`` rounds each element towards ``x``, so that what it returns is always inside.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from robust_core.checks import check_number
+from robust_core.random import SampleStreams
+
+__all__ = ["L1", "L2", "Linf", "Threat", "parse_threat"]
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(1)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1), to broadcast against ``like``."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _round_towards(x: Tensor, step: Tensor) -> Tensor:
+    """Return x + step (float64) in the dtype of ``x``, each stored difference at most ``|step|`` in float64."""
+    wide = x.double()
+    near = (wide + step).to(x.dtype)
+    return torch.where((near.double() - wide).abs() > step.abs(), torch.nextafter(near, x), near)
+
+
+@dataclass(frozen=True)
+class Threat(ABC):
+    """A norm ball cut with a box.
+
+    Args:
+        eps: radius, at least 0, in the units of the inputs.
+        domain: (lowest, highest) valid input value, or None for unbounded inputs.
+    """
+
+    eps: float
+    domain: tuple[float, float] | None = (0.0, 1.0)
+    name: ClassVar[str]
+    p: ClassVar[float]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "eps", float(check_number("eps", self.eps, low=0)))
+        if self.domain is not None:
+            low, high = (float(bound) for bound in self.domain)
+            if not low < high:
+                raise ValueError(f"domain={self.domain!r}: the lowest value must be below the highest")
+            object.__setattr__(self, "domain", (low, high))
+
+    def __str__(self) -> str:
+        return f"{self.name}(eps={self.eps_text})"
+
+    @property
+    def eps_text(self) -> str:
+        """The radius as people write it: ``8/255`` where it is a multiple of 1/255."""
+        part = Fraction(self.eps * 255).limit_denominator(2)
+        if self.eps and abs(float(part) / 255 - self.eps) < 1e-12 and part.denominator == 1:
+            return f"{part.numerator}/255"
+        return f"{self.eps:g}"
+
+    def with_eps(self, eps: float) -> Threat:
+        """Return the same threat with another radius."""
+        return type(self)(eps, self.domain)
+
+    def clamp(self, x: Tensor) -> Tensor:
+        """Return ``x`` clamped to the domain."""
+        return x if self.domain is None else x.clamp(*self.domain)
+
+    def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Return (B,) float64: the norm of the stored difference."""
+        return self.norm(x_adv.double() - x.double())
+
+    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Return (B,) bool: inside the ball and the domain, without tolerance. NaN is outside."""
+        inside = self.distance(x_adv, x) <= self.eps
+        if self.domain is not None:
+            flat = _flat(x_adv).double()
+            inside &= (flat.amin(1) >= self.domain[0]) & (flat.amax(1) <= self.domain[1])
+        return inside
+
+    @classmethod
+    @abstractmethod
+    def norm(cls, delta: Tensor) -> Tensor:
+        """Return (B,) norms of (B, ...)."""
+
+    @classmethod
+    @abstractmethod
+    def dual_norm(cls, gradient: Tensor) -> Tensor:
+        """Return (B,) dual norms: how fast a linear function can grow for one unit of this norm."""
+
+    @abstractmethod
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Return the nearest point to ``x_adv`` in the ball around ``x`` and the domain, rounded inward.
+
+        Args:
+            x_adv: (B, ...) points to project.
+            x: (B, ...) centres, inside the domain.
+        """
+
+    @abstractmethod
+    def random_start(self, x: Tensor, streams: SampleStreams) -> Tensor:
+        """Return (B, ...) points drawn in the ball around ``x``, then projected."""
+
+    @abstractmethod
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """Return the direction of unit norm along which a linear function with this gradient grows fastest."""
+
+
+class Linf(Threat):
+    """Every element may move by ``eps``."""
+
+    name, p = "Linf", float("inf")
+
+    @classmethod
+    def norm(cls, delta: Tensor) -> Tensor:  # noqa: D102
+        return _flat(delta).abs().amax(1)
+
+    @classmethod
+    def dual_norm(cls, gradient: Tensor) -> Tensor:  # noqa: D102
+        return _flat(gradient).abs().sum(1)
+
+    def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the lowest and highest stored values allowed for each element of ``x``."""
+        step = torch.full_like(x, self.eps, dtype=torch.float64)
+        low, high = _round_towards(x, -step), _round_towards(x, step)
+        return self.clamp(low), self.clamp(high)
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:  # noqa: D102
+        low, high = self.box(x)
+        return torch.minimum(torch.maximum(x_adv, low), high)
+
+    def random_start(self, x: Tensor, streams: SampleStreams) -> Tensor:  # noqa: D102
+        noise = streams.uniform(x.shape[1:], dtype=torch.float64) * 2 - 1
+        return self.project((x.double() + self.eps * noise).to(x.dtype), x)
+
+    def steepest(self, gradient: Tensor) -> Tensor:  # noqa: D102
+        return gradient.sign()
+
+
+class L2(Threat):
+    """The Euclidean length of the change is at most ``eps``."""
+
+    name, p = "L2", 2.0
+
+    @classmethod
+    def norm(cls, delta: Tensor) -> Tensor:  # noqa: D102
+        return torch.linalg.vector_norm(_flat(delta), dim=1)
+
+    dual_norm = norm
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:  # noqa: D102
+        # The ball first, then the box: clamping moves every element towards x, so the norm cannot grow.
+        # The factor keeps the rounding of the float64 norm itself on the safe side.
+        delta = x_adv.double() - x.double()
+        shrink = (self.eps * (1 - 1e-12) / self.norm(delta).clamp(min=1e-300)).clamp(max=1.0)
+        return self.clamp(_round_towards(x, delta * _column(shrink, delta)))
+
+    def random_start(self, x: Tensor, streams: SampleStreams) -> Tensor:  # noqa: D102
+        d = x[0].numel()
+        direction = streams.normal((d,), chunk=0, dtype=torch.float64)
+        length = self.eps * streams.uniform((1,), chunk=1, dtype=torch.float64) ** (1 / d)
+        step = (direction / self.norm(direction)[:, None] * length).reshape(x.shape)
+        return self.project((x.double() + step).to(x.dtype), x)
+
+    def steepest(self, gradient: Tensor) -> Tensor:  # noqa: D102
+        length = self.norm(gradient).clamp(min=torch.finfo(gradient.dtype).tiny)
+        return gradient / _column(length, gradient)
+
+
+class L1(Threat):
+    """The absolute changes of all elements add up to at most ``eps``."""
+
+    name, p = "L1", 1.0
+
+    @classmethod
+    def norm(cls, delta: Tensor) -> Tensor:  # noqa: D102
+        return _flat(delta).abs().sum(1)
+
+    @classmethod
+    def dual_norm(cls, gradient: Tensor) -> Tensor:  # noqa: D102
+        return _flat(gradient).abs().amax(1)
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Project onto the L1 ball and the box *together* (Croce and Hein 2021, "Mind the box").
+
+        The projection is ``sign(u) * min(max(|u| - dual, 0), cap)`` with one ``dual >= 0`` per sample, where
+        ``cap`` is the room each element has inside the domain. The norm is piecewise linear and decreasing in
+        ``dual``, with breakpoints at ``|u|`` and ``|u| - cap``: sorting them gives the root exactly.
+        """
+        wide = _flat(x.double())
+        u = _flat(x_adv.double()) - wide
+        size = u.abs()
+        if self.domain is None:
+            cap = size
+        else:
+            cap = torch.where(u >= 0, self.domain[1] - wide, wide - self.domain[0]).clamp(min=0)
+            cap = torch.minimum(cap, size)  # beyond |u| a cap never binds
+        dual = _l1_dual(size, cap, self.eps * (1 - 1e-12))
+        kept = torch.minimum((size - dual[:, None]).clamp(min=0), cap)
+        return self.clamp(_round_towards(x, (u.sign() * kept).reshape(x.shape)))
+
+    def random_start(self, x: Tensor, streams: SampleStreams) -> Tensor:
+        """Draw uniformly in the L1 ball: normalised exponentials of random sign, radius U^(1/d)."""
+        d = x[0].numel()
+        size = -torch.log(streams.uniform((d,), chunk=0, dtype=torch.float64))
+        length = self.eps * streams.uniform((1,), chunk=1, dtype=torch.float64) ** (1 / d)
+        step = size / size.sum(1, keepdim=True) * length * streams.signs((d,), chunk=2, dtype=torch.float64)
+        return self.project((x.double() + step.reshape(x.shape)).to(x.dtype), x)
+
+    def steepest(self, gradient: Tensor) -> Tensor:  # noqa: D102
+        flat = _flat(gradient)
+        top = flat.abs().argmax(1, keepdim=True)
+        return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign()).reshape(gradient.shape)
+
+
+def _l1_dual(size: Tensor, cap: Tensor, eps: float) -> Tensor:
+    """Return (B,) the least dual >= 0 with sum min(max(size - dual, 0), cap) <= eps.
+
+    As ``dual`` falls, an element starts to count at ``size`` (slope +1) and stops growing at ``size - cap``.
+    """
+    points = torch.cat([size, size - cap], dim=1)
+    slopes = torch.cat([torch.ones_like(size), -torch.ones_like(size)], dim=1)
+    points, order = points.sort(dim=1, descending=True)
+    slope = slopes.gather(1, order).cumsum(1)  # slope of the norm just below each breakpoint
+    gaps = points[:, :-1] - points[:, 1:]
+    norm = torch.cat([torch.zeros_like(points[:, :1]), (slope[:, :-1] * gaps).cumsum(1)], dim=1)
+    segment = (norm <= eps).sum(1, keepdim=True) - 1  # the last breakpoint at which the norm still fits
+    start, height = points.gather(1, segment), norm.gather(1, segment)
+    slope = slope.gather(1, segment).clamp(min=1)
+    last = segment == points.shape[1] - 1
+    dual = torch.where(last, torch.zeros_like(start), start - (eps - height) / slope)
+    return torch.where(cap.sum(1) <= eps, 0.0, dual.squeeze(1).clamp(min=0))
+
+
+_BY_NAME = {"linf": Linf, "inf": Linf, "l2": L2, "2": L2, "l1": L1, "1": L1}
+
+
+def parse_threat(norm: str, eps: float | str, *, domain: tuple[float, float] | None = (0.0, 1.0)) -> Threat:
+    """Return the threat named by words, as on a command line: ``parse_threat("linf", "8/255")``.
+
+    Raises:
+        ValueError: an unknown norm, or a radius that is neither a number nor a fraction.
+    """
+    kind = _BY_NAME.get(str(norm).lower())
+    if kind is None:
+        raise ValueError(f"norm={norm!r}: choose one of 'linf', 'l2', 'l1'")
+    try:
+        radius = float(Fraction(eps)) if isinstance(eps, str) else eps
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"eps={eps!r}: a number or a fraction such as 8/255 is needed") from None
+    return kind(radius, domain)
