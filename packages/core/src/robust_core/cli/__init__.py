@@ -1,0 +1,1 @@
+"""The ``robust`` command. Nothing here imports torch before a verb needs it."""
