@@ -9,8 +9,8 @@ __all__ = [
     "CertificationError",
     "CheckpointError",
     "DataMissingError",
-    "EnvironmentFault",
     "MissingExtraError",
+    "ResourceError",
     "RobustError",
     "UnsupportedLayerError",
     "UntrustedFileError",
@@ -38,15 +38,15 @@ class UntrustedFileError(RobustError):
     """A file would run code, or claims sizes that its length denies; it was not loaded."""
 
 
-class EnvironmentFault(RobustError):
+class ResourceError(RobustError):
     """The machine lacks something: a file, a device, an optional package (exit code 3)."""
 
 
-class DataMissingError(EnvironmentFault):
+class DataMissingError(ResourceError):
     """A data set is not where it was looked for; the message says how to get it."""
 
 
-class MissingExtraError(EnvironmentFault, ImportError):
+class MissingExtraError(ResourceError, ImportError):
     """An optional library is not installed; the message names the extra."""
 
 

@@ -160,7 +160,9 @@ class L2(Threat):
     def norm(cls, delta: Tensor) -> Tensor:  # noqa: D102
         return torch.linalg.vector_norm(_flat(delta), dim=1)
 
-    dual_norm = norm
+    @classmethod
+    def dual_norm(cls, gradient: Tensor) -> Tensor:  # noqa: D102
+        return cls.norm(gradient)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:  # noqa: D102
         # The ball first, then the box: clamping moves every element towards x, so the norm cannot grow.

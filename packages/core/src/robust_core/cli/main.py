@@ -14,7 +14,7 @@ import typer
 
 from robust_core import __version__
 from robust_core.cli import console
-from robust_core.errors import EnvironmentFault, MissingExtraError, RobustError
+from robust_core.errors import MissingExtraError, ResourceError, RobustError
 
 __all__ = ["app", "main"]
 
@@ -141,7 +141,7 @@ def demo(
     """Go from nothing to a robustness report on real data, in minutes."""
     demos = {entry.name: entry for entry in entry_points(group=DEMOS)}
     if not demos:
-        raise EnvironmentFault("no installed package brings a demo; pip install vision-robust")
+        raise ResourceError("no installed package brings a demo; pip install vision-robust")
     chosen = name or ("vision" if "vision" in demos else sorted(demos)[0])
     if chosen not in demos:
         raise ValueError(f"demo {chosen!r}: choose one of {', '.join(sorted(demos))}")
@@ -207,7 +207,7 @@ def _explain(error: Exception) -> int:
         console.error("interrupted")
         return FAILED
     console.error(f"{error}" or type(error).__name__)
-    if isinstance(error, EnvironmentFault | MissingExtraError | FileNotFoundError | PermissionError):
+    if isinstance(error, ResourceError | MissingExtraError | FileNotFoundError | PermissionError):
         return ENVIRONMENT
     if isinstance(error, ValueError | TypeError | RobustError):
         return USAGE
