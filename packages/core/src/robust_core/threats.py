@@ -10,6 +10,7 @@ float64, and ``threat.project`` rounds each element towards ``x``, so that what 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -68,7 +69,7 @@ class Threat(ABC):
     def eps_text(self) -> str:
         """The radius as people write it: ``8/255`` where it is a multiple of 1/255."""
         part = Fraction(self.eps * 255).limit_denominator(2)
-        if self.eps and abs(float(part) / 255 - self.eps) < 1e-12 and part.denominator == 1:
+        if 0 < self.eps < 1 and abs(float(part) / 255 - self.eps) < 1e-12 and part.denominator == 1:
             return f"{part.numerator}/255"
         return f"{self.eps:g}"
 
@@ -92,6 +93,22 @@ class Threat(ABC):
             inside &= (flat.amin(1) >= self.domain[0]) & (flat.amax(1) <= self.domain[1])
         return inside
 
+    def rescale(self, x: Tensor, delta: Tensor, *, fill: bool = False) -> Tensor:
+        """Return ``x + delta`` with ``delta`` shortened to length ``eps`` where it is longer, rounded inward.
+
+        Args:
+            x: (B, ...) centres, inside the domain.
+            delta: (B, ...) changes.
+            fill: lengthen shorter changes to ``eps`` as well (then cut at the domain).
+        """
+        wide = delta.double()
+        # The factor keeps the rounding of the float64 norm itself on the safe side.
+        factor = self.eps * (1 - 1e-12) / self.norm(wide).clamp(min=1e-300)
+        if not fill:
+            factor = factor.clamp(max=1.0)
+        # Clamping moves every element towards x, so the norm cannot grow.
+        return self.clamp(_round_towards(x, wide * _column(factor, wide)))
+
     @classmethod
     @abstractmethod
     def norm(cls, delta: Tensor) -> Tensor:
@@ -102,18 +119,30 @@ class Threat(ABC):
     def dual_norm(cls, gradient: Tensor) -> Tensor:
         """Return (B,) dual norms: how fast a linear function can grow for one unit of this norm."""
 
+    def frame(self, x: Tensor) -> dict[str, Tensor]:
+        """Return what many projections around the same ``x`` share, each (B, ...); see :meth:`project`."""
+        del x
+        return {}
+
     @abstractmethod
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+    def project(self, x_adv: Tensor, x: Tensor, *, frame: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the nearest point to ``x_adv`` in the ball around ``x`` and the domain, rounded inward.
 
         Args:
             x_adv: (B, ...) points to project.
             x: (B, ...) centres, inside the domain.
+            frame: ``self.frame(x)``, or a mapping that holds it; computed here if not given.
         """
 
     @abstractmethod
-    def random_start(self, x: Tensor, streams: SampleStreams) -> Tensor:
-        """Return (B, ...) points drawn in the ball around ``x``, then projected."""
+    def random_start(self, x: Tensor, streams: SampleStreams, *, draw: int | Tensor = 0) -> Tensor:
+        """Return (B, ...) points drawn in the ball around ``x``, then projected.
+
+        Args:
+            x: (B, ...) centres.
+            streams: random streams of the rows.
+            draw: which of a row's starts this is, one int or (B,).
+        """
 
     @abstractmethod
     def steepest(self, gradient: Tensor) -> Tensor:
@@ -139,12 +168,16 @@ class Linf(Threat):
         low, high = _round_towards(x, -step), _round_towards(x, step)
         return self.clamp(low), self.clamp(high)
 
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:  # noqa: D102
+    def frame(self, x: Tensor) -> dict[str, Tensor]:  # noqa: D102
         low, high = self.box(x)
-        return torch.minimum(torch.maximum(x_adv, low), high)
+        return {"low": low, "high": high}
 
-    def random_start(self, x: Tensor, streams: SampleStreams) -> Tensor:  # noqa: D102
-        noise = streams.uniform(x.shape[1:], dtype=torch.float64) * 2 - 1
+    def project(self, x_adv: Tensor, x: Tensor, *, frame: Mapping[str, Tensor] | None = None) -> Tensor:  # noqa: D102
+        frame = self.frame(x) if frame is None else frame
+        return torch.clamp(x_adv, frame["low"], frame["high"])
+
+    def random_start(self, x: Tensor, streams: SampleStreams, *, draw: int | Tensor = 0) -> Tensor:  # noqa: D102
+        noise = streams.uniform(x.shape[1:], chunk=draw, dtype=torch.float64) * 2 - 1
         return self.project((x.double() + self.eps * noise).to(x.dtype), x)
 
     def steepest(self, gradient: Tensor) -> Tensor:  # noqa: D102
@@ -165,22 +198,20 @@ class L2(Threat):
         return cls.norm(gradient)
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:  # noqa: D102
-        # The ball first, then the box: clamping moves every element towards x, so the norm cannot grow.
-        # The factor keeps the rounding of the float64 norm itself on the safe side.
-        delta = x_adv.double() - x.double()
-        shrink = (self.eps * (1 - 1e-12) / self.norm(delta).clamp(min=1e-300)).clamp(max=1.0)
-        return self.clamp(_round_towards(x, delta * _column(shrink, delta)))
+        return self.rescale(x, x_adv.double() - x.double())
 
-    def random_start(self, x: Tensor, streams: SampleStreams) -> Tensor:  # noqa: D102
+    def random_start(self, x: Tensor, streams: SampleStreams, *, draw: int | Tensor = 0) -> Tensor:  # noqa: D102
         d = x[0].numel()
-        direction = streams.normal((d,), chunk=0, dtype=torch.float64)
-        length = self.eps * streams.uniform((1,), chunk=1, dtype=torch.float64) ** (1 / d)
+        direction = streams.normal((d,), chunk=3 * draw, dtype=torch.float64)
+        length = self.eps * streams.uniform((1,), chunk=3 * draw + 1, dtype=torch.float64) ** (1 / d)
         step = (direction / self.norm(direction)[:, None] * length).reshape(x.shape)
         return self.project((x.double() + step).to(x.dtype), x)
 
     def steepest(self, gradient: Tensor) -> Tensor:  # noqa: D102
-        length = self.norm(gradient).clamp(min=torch.finfo(gradient.dtype).tiny)
-        return gradient / _column(length, gradient)
+        # By the largest element first: squares of very small or large gradients leave the range of the dtype.
+        tiny = torch.finfo(gradient.dtype).tiny
+        scaled = gradient / _column(_flat(gradient).abs().amax(1).clamp(min=tiny), gradient)
+        return scaled / _column(self.norm(scaled).clamp(min=tiny), scaled)
 
 
 class L1(Threat):
@@ -196,7 +227,7 @@ class L1(Threat):
     def dual_norm(cls, gradient: Tensor) -> Tensor:  # noqa: D102
         return _flat(gradient).abs().amax(1)
 
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+    def project(self, x_adv: Tensor, x: Tensor, *, frame: Mapping[str, Tensor] | None = None) -> Tensor:
         """Project onto the L1 ball and the box *together* (Croce and Hein 2021, "Mind the box").
 
         The projection is ``sign(u) * min(max(|u| - dual, 0), cap)`` with one ``dual >= 0`` per sample, where
@@ -215,18 +246,36 @@ class L1(Threat):
         kept = torch.minimum((size - dual[:, None]).clamp(min=0), cap)
         return self.clamp(_round_towards(x, (u.sign() * kept).reshape(x.shape)))
 
-    def random_start(self, x: Tensor, streams: SampleStreams) -> Tensor:
+    def random_start(self, x: Tensor, streams: SampleStreams, *, draw: int | Tensor = 0) -> Tensor:
         """Draw uniformly in the L1 ball: normalised exponentials of random sign, radius U^(1/d)."""
         d = x[0].numel()
-        size = -torch.log(streams.uniform((d,), chunk=0, dtype=torch.float64))
-        length = self.eps * streams.uniform((1,), chunk=1, dtype=torch.float64) ** (1 / d)
-        step = size / size.sum(1, keepdim=True) * length * streams.signs((d,), chunk=2, dtype=torch.float64)
+        size = -torch.log(streams.uniform((d,), chunk=3 * draw, dtype=torch.float64))
+        length = self.eps * streams.uniform((1,), chunk=3 * draw + 1, dtype=torch.float64) ** (1 / d)
+        signs = streams.signs((d,), chunk=3 * draw + 2, dtype=torch.float64)
+        step = size / size.sum(1, keepdim=True) * length * signs
         return self.project((x.double() + step.reshape(x.shape)).to(x.dtype), x)
 
     def steepest(self, gradient: Tensor) -> Tensor:  # noqa: D102
         flat = _flat(gradient)
         top = flat.abs().argmax(1, keepdim=True)
         return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign()).reshape(gradient.shape)
+
+    def spread(self, gradient: Tensor, count: Tensor) -> Tensor:
+        """Return the signs of each row's ``count`` largest elements, divided by their number: of unit norm.
+
+        Less steep than :meth:`steepest`, which moves one element only, but it loses little where the box stops
+        elements early (Croce and Hein 2021, section 4.2).
+
+        Args:
+            gradient: (B, ...).
+            count: (B,) int64 numbers of elements, clamped to 1 .. d.
+        """
+        size = _flat(gradient).abs()
+        ordered = size.sort(dim=1).values
+        rank = (size.shape[1] - count).clamp(0, size.shape[1] - 1)
+        chosen = size >= ordered.gather(1, rank[:, None])
+        signs = torch.where(chosen, _flat(gradient).sign(), 0.0)
+        return (signs / signs.abs().sum(1, keepdim=True).clamp(min=1)).reshape(gradient.shape)
 
 
 def _l1_dual(size: Tensor, cap: Tensor, eps: float) -> Tensor:
