@@ -172,6 +172,19 @@ class IterativeAttack(ABC):
             the new state; (B, ...) the point that was evaluated, inside the threat; (B, C) its logits.
         """
 
+    @property
+    def total_iter(self) -> int:
+        """Iterations that one row gets in all; more than ``n_iter`` where an attack makes several runs."""
+        return self.n_iter
+
+    def finish(self, problem: Problem, state: Rows) -> Tensor:
+        """Return (B, ...) the points to report for rows that are done, inside the threat.
+
+        By default the engine's record (``state["_point"]``): the first broken point, else that of highest margin.
+        """
+        del problem
+        return state["_point"]
+
     def __call__(
         self,
         model: Classifier,
@@ -285,11 +298,11 @@ def drive(
         here = problem.rows(active)
         for _ in range(attack.check_every):
             state = _advance(attack, here, state)
-        done = state["_iteration"] >= attack.n_iter
+        done = state["_iteration"] >= attack.total_iter
         if attack.stop_when_broken:
             done |= state["_broken"]
         if bool(done.any()):  # the one synchronisation of a window
-            found[active[done]] = state["_point"][done]
+            found[active[done]] = attack.finish(here.rows(done), {k: v[done] for k, v in state.items()})
             keep = ~done
             active = active[keep]
             state = {k: v[keep] for k, v in state.items()}
@@ -316,7 +329,7 @@ def _advance(attack: IterativeAttack, problem: Problem, state: Rows) -> Rows:
     kept = {k: state[k] for k in ("_iteration", "_broken", "_point", "_margin")}
     inner = {k: v for k, v in state.items() if k not in kept}
     inner, point, logits = attack.step(problem, inner)
-    live = (kept["_iteration"] < attack.n_iter) & ~kept["_broken"]
+    live = (kept["_iteration"] < attack.total_iter) & ~kept["_broken"]
     broken = misclassified(logits, problem.y)
     height = margin(logits, problem.y).float()
     better = live & (broken | (height > kept["_margin"]))
