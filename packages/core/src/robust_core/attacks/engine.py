@@ -162,7 +162,11 @@ class IterativeAttack(ABC):
 
     @abstractmethod
     def begin(self, problem: Problem) -> Rows:
-        """Return the state of fresh rows. It may use the model."""
+        """Return the state of fresh rows. It may use the model.
+
+        An entry ``limit`` (B,) int64 sets the iterations of each row, ``n_iter`` otherwise: attacks that make
+        several runs, or as many as there are classes, know it only here.
+        """
 
     @abstractmethod
     def step(self, problem: Problem, state: Rows) -> tuple[Rows, Tensor, Tensor]:
@@ -171,11 +175,6 @@ class IterativeAttack(ABC):
         Returns:
             the new state; (B, ...) the point that was evaluated, inside the threat; (B, C) its logits.
         """
-
-    @property
-    def total_iter(self) -> int:
-        """Iterations that one row gets in all; more than ``n_iter`` where an attack makes several runs."""
-        return self.n_iter
 
     def finish(self, problem: Problem, state: Rows) -> Tensor:
         """Return (B, ...) the points to report for rows that are done, inside the threat.
@@ -298,7 +297,7 @@ def drive(
         here = problem.rows(active)
         for _ in range(attack.check_every):
             state = _advance(attack, here, state)
-        done = state["_iteration"] >= attack.total_iter
+        done = state["_iteration"] >= state["_limit"]
         if attack.stop_when_broken:
             done |= state["_broken"]
         if bool(done.any()):  # the one synchronisation of a window
@@ -315,8 +314,10 @@ def drive(
 def _start(attack: IterativeAttack, problem: Problem) -> Rows:
     state = attack.begin(problem)
     n, device = len(problem.x), problem.x.device
+    limit = state.pop("limit", None)
     return {
         **state,
+        "_limit": torch.full((n,), attack.n_iter, dtype=torch.int64, device=device) if limit is None else limit,
         "_iteration": torch.zeros(n, dtype=torch.int64, device=device),
         "_broken": torch.zeros(n, dtype=torch.bool, device=device),
         "_point": problem.x.clone(),
@@ -326,10 +327,10 @@ def _start(attack: IterativeAttack, problem: Problem) -> Rows:
 
 def _advance(attack: IterativeAttack, problem: Problem, state: Rows) -> Rows:
     """One iteration, then the record of each live row: its first broken point, else that of highest margin."""
-    kept = {k: state[k] for k in ("_iteration", "_broken", "_point", "_margin")}
+    kept = {k: state[k] for k in ("_iteration", "_limit", "_broken", "_point", "_margin")}
     inner = {k: v for k, v in state.items() if k not in kept}
     inner, point, logits = attack.step(problem, inner)
-    live = (kept["_iteration"] < attack.total_iter) & ~kept["_broken"]
+    live = (kept["_iteration"] < kept["_limit"]) & ~kept["_broken"]
     broken = misclassified(logits, problem.y)
     height = margin(logits, problem.y).float()
     better = live & (broken | (height > kept["_margin"]))
@@ -337,6 +338,7 @@ def _advance(attack: IterativeAttack, problem: Problem, state: Rows) -> Rows:
     return {
         **inner,
         "_iteration": kept["_iteration"] + 1,
+        "_limit": kept["_limit"],
         "_broken": kept["_broken"] | (live & broken),
         "_point": torch.where(wide, point, kept["_point"]),
         "_margin": torch.where(better, height, kept["_margin"]),
