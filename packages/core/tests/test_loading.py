@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from robust_core.errors import ResourceError, UntrustedFileError
 from robust_core.io import save_tensors
 from robust_core.loading import load_model
-from torch import nn
 
 SOURCE = """
 from torch import nn

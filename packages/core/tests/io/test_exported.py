@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from robust_core.errors import UntrustedFileError
 from robust_core.io.exported import load_exported
-from torch import nn
 
 
 @pytest.fixture(scope="module")

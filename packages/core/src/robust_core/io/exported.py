@@ -81,10 +81,10 @@ def load_exported(path: str | os.PathLike[str], *, device: torch.device | str = 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     program = torch.export.load(inspected(path))
-    inputs = program.graph_signature.user_inputs
+    inputs = tuple(program.graph_signature.user_inputs)
     if len(inputs) != 1 or len(program.graph_signature.user_outputs) != 1:
         raise ValueError(f"{path}: the program maps {len(inputs)} inputs; a classifier maps one tensor to one tensor")
-    placeholder = next(node for node in program.graph.nodes if node.name == inputs[0])
+    placeholder = next(node for node in program.graph.nodes if node.name == str(inputs[0]))
     size = placeholder.meta["val"].shape[0]
     return ExportedClassifier(program, size if isinstance(size, int) else None).to(device)
 
