@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "DataMissingError",
     "MissingExtraError",
+    "NotDifferentiableError",
     "ResourceError",
     "RobustError",
     "UnsupportedLayerError",
@@ -28,6 +29,10 @@ class CertificationError(RobustError):
 
 class UnsupportedLayerError(CertificationError):
     """A network holds a layer (named in the message) for which no sound rule is known."""
+
+
+class NotDifferentiableError(RobustError):
+    """A gradient was asked of a model that has none with respect to its input."""
 
 
 class CheckpointError(RobustError):

@@ -67,11 +67,12 @@ class Threat(ABC):
 
     @property
     def eps_text(self) -> str:
-        """The radius as people write it: ``8/255`` where it is a multiple of 1/255."""
-        part = Fraction(self.eps * 255).limit_denominator(2)
-        if 0 < self.eps < 1 and abs(float(part) / 255 - self.eps) < 1e-12 and part.denominator == 1:
-            return f"{part.numerator}/255"
-        return f"{self.eps:g}"
+        """The radius as people write it: ``0.5``, or ``8/255`` for a multiple of 1/255 that is no short decimal."""
+        plain = f"{self.eps:g}"
+        steps = round(self.eps * 255)
+        if float(plain) != self.eps and abs(steps / 255 - self.eps) < 1e-12:
+            return f"{steps}/255"
+        return plain
 
     def with_eps(self, eps: float) -> Threat:
         """Return the same threat with another radius."""
@@ -197,7 +198,7 @@ class L2(Threat):
     def dual_norm(cls, gradient: Tensor) -> Tensor:  # noqa: D102
         return cls.norm(gradient)
 
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:  # noqa: D102
+    def project(self, x_adv: Tensor, x: Tensor, *, frame: Mapping[str, Tensor] | None = None) -> Tensor:  # noqa: D102
         return self.rescale(x, x_adv.double() - x.double())
 
     def random_start(self, x: Tensor, streams: SampleStreams, *, draw: int | Tensor = 0) -> Tensor:  # noqa: D102

@@ -2,9 +2,12 @@
 
 An attack is a stateless configuration with two methods, :meth:`IterativeAttack.begin` and
 :meth:`IterativeAttack.step`, both vectorised over rows. All that changes during the attack lives in a
-:class:`Rows` of tensors whose first axis is the sample, the iteration counter included. The loop
-can therefore take broken samples out and put fresh ones in at any time, and what happens to a sample never
-depends on its neighbours, the batch size or the order.
+:class:`Rows` of tensors whose first axis is the sample, any iteration counter included. The loop can therefore
+take broken samples out and put fresh ones in at any time, and what happens to a sample never depends on its
+neighbours, the batch size or the order.
+
+Restarts and targets are *phases*: a row that ends a phase unbroken begins the next at once, in the same batch,
+so that the batch stays full over all of them and no target has a drain tail of its own.
 """
 
 from __future__ import annotations
@@ -12,18 +15,32 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from robust_core.checks import check_count, check_inputs, check_labels
+from robust_core.errors import NotDifferentiableError
+from robust_core.losses.margin import margin, misclassified
 from robust_core.models import Classifier, PassCounter, frozen, model_device, padded, predict_logits
 from robust_core.random import SampleStreams, Seed, resolve_seed
 from robust_core.threats import Threat
 
-__all__ = ["Attack", "AttackResult", "IterativeAttack", "Problem", "Rows", "verify"]
+__all__ = [
+    "Attack",
+    "AttackResult",
+    "IterativeAttack",
+    "Problem",
+    "Rows",
+    "drive",
+    "margin",
+    "misclassified",
+    "prepare",
+    "verify",
+]
 
 logger = logging.getLogger(__name__)
 Rows = dict[str, Tensor]
@@ -79,18 +96,6 @@ class AttackResult:
         return float((~self.success).double().mean())
 
 
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Return (B,) ``max_{i != y} z_i - z_y``: positive exactly when another class wins; ties count as broken at 0."""
-    true = logits.gather(1, y[:, None]).squeeze(1)
-    others = logits.scatter(1, y[:, None], -torch.inf).amax(1)
-    return others - true
-
-
-def misclassified(logits: Tensor, y: Tensor) -> Tensor:
-    """Return (B,) bool: the arg-max is not ``y``. NaN logits count as misclassified."""
-    return logits.argmax(1) != y
-
-
 def verify(
     model: Classifier, threat: Threat, x_adv: Tensor, x: Tensor, y: Tensor, *, batch_size: int = 256
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +107,22 @@ def verify(
 
 @dataclass(frozen=True)
 class Problem:
-    """The rows an attack works on now. ``x``, ``y``, ``index`` and the streams are row-aligned."""
+    """The rows an attack works on now; everything is row-aligned.
+
+    Attributes:
+        model: the classifier, frozen and in eval mode.
+        threat: what the attacker may do.
+        x: (B, ...) originals.
+        y: (B,) labels.
+        index: (B,) names of the random streams.
+        seed: seed of the run.
+        init: (B, ...) given starting points, inside the threat, or None.
+        context: further (B, ...) tensors, e.g. ``"clean_logits"`` where the caller has them.
+        phase: (B,) which restart or target each row is at.
+        last_step: no row uses the gradient at the next point any more.
+        n_draws: passes over which gradient, loss and logits are averaged (EOT), for stochastic models.
+        n_labels: least number of classes that the labels ask for.
+    """
 
     model: Classifier
     threat: Threat
@@ -112,44 +132,96 @@ class Problem:
     seed: int
     init: Tensor | None = None
     context: Mapping[str, Tensor] = field(default_factory=dict)
+    phase: Tensor | None = None
+    last_step: bool = False
+    n_draws: int = 1
+    n_labels: int = 0
 
     def rows(self, rows: Tensor) -> Problem:
         """Return the same problem on some of the rows."""
-        init = None if self.init is None else self.init[rows]
-        context = {name: value[rows] for name, value in self.context.items()}
-        return Problem(
-            self.model, self.threat, self.x[rows], self.y[rows], self.index[rows], self.seed, init, context
+        return replace(
+            self,
+            x=self.x[rows],
+            y=self.y[rows],
+            index=self.index[rows],
+            init=None if self.init is None else self.init[rows],
+            context={name: value[rows] for name, value in self.context.items()},
+            phase=None if self.phase is None else self.phase[rows],
         )
 
     def streams(self, purpose: str) -> SampleStreams:
         """Return the random streams of these rows."""
         return SampleStreams(self.seed, self.index, purpose)
 
+    def start(self, purpose: str) -> Tensor:
+        """Return (B, ...) random starts: a row's own in each phase. ``init`` takes the place of the first."""
+        draw = torch.zeros_like(self.index) if self.phase is None else self.phase
+        points = self.threat.random_start(self.x, self.streams(purpose), draw=draw)
+        if self.init is None:
+            return points
+        return torch.where(_wide(draw == 0, points), self.init, points)
+
     def logits(self, x: Tensor) -> Tensor:
         """Return (B, C) logits without gradient."""
         with torch.no_grad():
-            return self.model(padded(x))[: len(x)]
+            logits = self._pass(x)
+            for _ in range(self.n_draws - 1):
+                logits = logits + self._pass(x)
+        return logits / self.n_draws if self.n_draws > 1 else logits
 
     def gradient(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (B, C), losses (B,) and the gradient (B, ...) of each row's loss, from one pass.
 
+        NaN in the gradient becomes 0.
+
         Args:
             x: (B, ...) points.
             loss: maps logits (B, C) to losses (B,), row by row.
+
+        Raises:
+            NotDifferentiableError: the logits do not depend on the input in a way that autograd knows.
         """
-        point = x.detach().clone().requires_grad_(True)
+        total = self._gradient(x, loss)
+        for _ in range(self.n_draws - 1):
+            total = tuple(a + b for a, b in zip(total, self._gradient(x, loss), strict=True))
+        logits, losses, gradient = (t / self.n_draws for t in total) if self.n_draws > 1 else total
+        return logits, losses, gradient.nan_to_num_()
+
+    def _gradient(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        point = x.detach().requires_grad_(True)
         with torch.enable_grad():
-            logits = self.model(padded(point))[: len(x)]
+            logits = self._pass(point)
             losses = loss(logits)
-            (gradient,) = torch.autograd.grad(losses.sum(), point)
+            if not losses.requires_grad:
+                raise NotDifferentiableError(_NO_GRADIENT)
+            (gradient,) = torch.autograd.grad(losses.sum(), point, allow_unused=True)
+        if gradient is None:
+            raise NotDifferentiableError(_NO_GRADIENT)
         return logits.detach(), losses.detach(), gradient
+
+    def _pass(self, x: Tensor) -> Tensor:
+        logits = self.model(padded(x))
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < max(2, self.n_labels):
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"the model returned {shape}; a classifier maps (B, ...) to logits (B, C), and y needs "
+                f"C of at least {max(2, self.n_labels)}"
+            )
+        return logits[: len(x)]
+
+
+_NO_GRADIENT = (
+    "the model's logits have no gradient with respect to its input: attack a differentiable surrogate (BPDA, "
+    "Transfer), or by queries (Square)"
+)
 
 
 class IterativeAttack(ABC):
     """Base of the attacks that improve a point step by step.
 
-    A subclass is a frozen dataclass of settings with ``threat``, ``n_iter``, ``batch_size`` and these two methods.
-    The engine records, row by row, the first broken point and the point of highest margin.
+    A subclass is a frozen dataclass of settings with ``threat``, ``n_iter``, ``batch_size`` and these two methods:
+    ``begin`` and ``step``. In each phase of a row ``step`` is called ``evaluations`` times (``n_iter`` unless
+    overridden). The loop records, row by row, the first broken point, else the point of highest margin.
     """
 
     threat: Threat
@@ -164,8 +236,8 @@ class IterativeAttack(ABC):
     def begin(self, problem: Problem) -> Rows:
         """Return the state of fresh rows. It may use the model.
 
-        An entry ``limit`` (B,) int64 sets the iterations of each row, ``n_iter`` otherwise: attacks that make
-        several runs, or as many as there are classes, know it only here.
+        An entry ``limit`` (B,) int64 sets the calls of ``step`` of each row, ``evaluations`` otherwise, for attacks
+        that know it only here.
         """
 
     @abstractmethod
@@ -176,13 +248,36 @@ class IterativeAttack(ABC):
             the new state; (B, ...) the point that was evaluated, inside the threat; (B, C) its logits.
         """
 
+    @property
+    def evaluations(self) -> int:
+        """Calls of ``step`` in each phase."""
+        return self.n_iter
+
+    def phases(self, state: Rows) -> int:
+        """Return how many phases (restarts, targets) every row has, given the state of rows that have begun."""
+        del state
+        return 1
+
+    def restart(self, problem: Problem, state: Rows) -> Rows:
+        """Return the state of rows that enter phase ``problem.phase``; ``state`` is that of their last phase."""
+        del state
+        return self.begin(problem)
+
     def finish(self, problem: Problem, state: Rows) -> Tensor:
         """Return (B, ...) the points to report for rows that are done, inside the threat.
 
-        By default the engine's record (``state["_point"]``): the first broken point, else that of highest margin.
+        By default the loop's record (``state["_point"]``): the first broken point, else that of highest margin.
         """
         del problem
         return state["_point"]
+
+    def judge(self, problem: Problem, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B,) bool, whether the goal is reached, and (B,) how near it is (positive: reached)."""
+        return misclassified(logits, problem.y), margin(logits, problem.y)
+
+    def search(self, problem: Problem, *, on_step: Callable[[int, int], None] | None = None) -> Tensor:
+        """Return (B, ...) the points found."""
+        return drive(self, problem, on_step=on_step)
 
     def __call__(
         self,
@@ -194,8 +289,10 @@ class IterativeAttack(ABC):
         generator: Seed = None,
         init: Tensor | None = None,
     ) -> Tensor:
-        """Return (B, ...) attacked inputs; see :meth:`run`."""
-        return self.run(model, x, y, index=index, generator=generator, init=init).x_adv
+        """Return (B, ...) attacked inputs; see :meth:`run`. Nothing is re-evaluated."""
+        problem = prepare(model, self.threat, x, y, index=index, generator=generator, init=init)
+        with frozen(model):
+            return self.search(problem)
 
     def run(
         self,
@@ -223,18 +320,18 @@ class IterativeAttack(ABC):
             TypeError, ValueError: bad inputs, before any pass of the model.
         """
         problem = prepare(model, self.threat, x, y, index=index, generator=generator, init=init)
+        counter = PassCounter(model)
+        problem = replace(problem, model=counter)
         with frozen(model):
-            counter = PassCounter(model)
-            problem = Problem(
-                counter, problem.threat, problem.x, problem.y, problem.index, problem.seed, problem.init
-            )
-            x_adv = drive(self, problem, on_step=on_step)
-            success, distance, loss = verify(counter, self.threat, x_adv, x, y, batch_size=self.batch_size)
+            x_adv = self.search(problem, on_step=on_step)
+            logits = predict_logits(counter, x_adv, batch_size=self.batch_size)
+        reached, height = self.judge(problem, logits)
+        success = reached & self.threat.contains(x_adv, x)
         return AttackResult(
             x_adv,
             success,
-            distance,
-            loss,
+            self.threat.distance(x_adv, x),
+            height,
             tuple(self.name if broken else "" for broken in success.tolist()),
             counter.forwards,
             counter.backwards,
@@ -273,73 +370,156 @@ def prepare(
         if init.shape != x.shape:
             raise ValueError(f"init has shape {tuple(init.shape)}; that of x, {tuple(x.shape)}, is needed")
         init = threat.project(init.to(x.dtype), x)
-    return Problem(model, threat, x.detach(), y, index.to(x.device), resolve_seed(generator), init)
+    return Problem(
+        model,
+        threat,
+        x.detach(),
+        y,
+        index.to(x.device),
+        resolve_seed(generator),
+        init,
+        phase=torch.zeros(len(x), dtype=torch.int64, device=x.device),
+        n_labels=int(y.max()) + 1,
+    )
 
 
-def drive(
-    attack: IterativeAttack, problem: Problem, *, on_step: Callable[[int, int], None] | None = None
-) -> Tensor:
+def drive(attack: IterativeAttack, problem: Problem, *, on_step: Callable[[int, int], None] | None = None) -> Tensor:
     """Run ``attack`` on all rows of ``problem`` and return (B, ...) the points found."""
     check_count("batch_size", attack.batch_size)
-    n, device = len(problem.x), problem.x.device
-    found = problem.x.clone()
-    waiting = torch.arange(n, device=device)
-    active = waiting[:0]  # original positions of the rows in the batch
-    state: Rows = {}
-    decided = 0
-    while len(active) or len(waiting):
-        room = attack.batch_size - len(active)
-        if room and len(waiting):
-            fresh, waiting = waiting[:room], waiting[room:]
-            started = _start(attack, problem.rows(fresh))
-            state = {k: torch.cat([state[k], v]) for k, v in started.items()} if state else started
-            active = torch.cat([active, fresh])
-        here = problem.rows(active)
-        for _ in range(attack.check_every):
-            state = _advance(attack, here, state)
-        done = state["_iteration"] >= state["_limit"]
+    return _Loop(attack, problem, on_step).run()
+
+
+class _Loop:
+    """The batch in flight.
+
+    How many iterations each row has left is known on the host, so the device is asked only which rows broke: after
+    every iteration while rows keep breaking (and always on the CPU, where asking is free), else ever more rarely.
+    """
+
+    def __init__(self, attack: IterativeAttack, problem: Problem, on_step: Callable[[int, int], None] | None) -> None:
+        self.attack, self.everything, self.on_step = attack, problem, on_step
+        self.device = problem.x.device
+        self.found = problem.x.clone()
+        self.n = len(problem.x)
+        self.begun = 0
+        self.active = torch.empty(0, dtype=torch.int64, device=self.device)
+        self.here = problem
+        self.state: Rows = {}
+        self.left = np.empty(0, dtype=np.int64)
+        self.phase = np.empty(0, dtype=np.int64)
+        self.dead = np.empty(0, dtype=bool)
+        self.patience = 1
+
+    def run(self) -> Tensor:
+        while True:
+            room = self.attack.batch_size - len(self.active)
+            if self.begun < self.n and (4 * room >= self.attack.batch_size or not len(self.active)):
+                self._refill(min(room, self.n - self.begun))
+            if not len(self.active):
+                return self.found
+            window = int(min(self.patience, self.left.min()))
+            ends = bool((self.left == window).all())
+            for i in range(window):
+                self._advance(last=ends and i == window - 1)
+            self._settle(window)
+
+    def _refill(self, count: int) -> None:
+        attack = self.attack
+        fresh = torch.arange(self.begun, self.begun + count, device=self.device)
+        problem = self.everything.rows(fresh)
+        state = attack.begin(problem)
+        left = self._limit(state, count)
+        state = _opened(problem, state)
+        self.state = {k: torch.cat([self.state[k], v]) for k, v in state.items()} if self.state else state
+        self.active = torch.cat([self.active, fresh])
+        self.here = self.everything.rows(self.active)
+        self.begun += count
+        self.left = np.append(self.left, left)
+        self.phase = np.append(self.phase, np.zeros(count, dtype=np.int64))
+        self.dead = np.append(self.dead, np.zeros(count, dtype=bool))
+        self._tell_phase()
+
+    def _limit(self, state: Rows, count: int) -> np.ndarray:
+        limit = state.pop("limit", None)
+        return np.full(count, self.attack.evaluations) if limit is None else limit.cpu().numpy().copy()
+
+    def _tell_phase(self) -> None:
+        self.here = replace(self.here, phase=torch.from_numpy(self.phase).to(self.device))
+
+    def _advance(self, *, last: bool) -> None:
+        """One iteration, then the record of each row: its first broken point, else that of highest margin."""
+        attack, state = self.attack, self.state
+        inner = {k: v for k, v in state.items() if k not in _RECORD}
+        problem = replace(self.here, last_step=True) if last else self.here
+        inner, point, logits = attack.step(problem, inner)
+        reached, height = attack.judge(problem, logits)
+        height = height.float()
+        better = height > state["_margin"]
         if attack.stop_when_broken:
-            done |= state["_broken"]
-        if bool(done.any()):  # the one synchronisation of a window
-            found[active[done]] = attack.finish(here.rows(done), {k: v[done] for k, v in state.items()})
-            keep = ~done
-            active = active[keep]
-            state = {k: v[keep] for k, v in state.items()}
-            decided = n - len(active) - len(waiting)
-            if on_step is not None:
-                on_step(decided, n)
-    return found
+            better = (better | reached) & ~state["_broken"]
+        self.state = {
+            **inner,
+            "_broken": state["_broken"] | reached,
+            "_point": torch.where(_wide(better, point), point, state["_point"]),
+            "_margin": torch.where(better, height, state["_margin"]),
+        }
+
+    def _settle(self, window: int) -> None:
+        """Let rows that are done leave and rows that end a phase begin the next."""
+        self.left -= window
+        ended = self.left == 0
+        if self.attack.stop_when_broken:  # the one synchronisation of a window
+            dead = self.state["_broken"].cpu().numpy()
+            calm = dead.sum() == self.dead.sum() and self.device.type != "cpu"
+            self.patience = min(2 * self.patience, self.attack.check_every) if calm else 1
+            self.dead = dead
+        else:
+            self.patience = max(self.left.max(), 1)
+        done = self.dead | ended
+        if ended.any():
+            final = self.phase + 1 >= self.attack.phases(self.state)
+            self._next_phase(ended & ~self.dead & ~final)
+            done = self.dead | (ended & final)
+        if (ended & done).any() or 32 * done.sum() >= len(done):
+            self._leave(done)
+
+    def _next_phase(self, again: np.ndarray) -> None:
+        if not again.any():
+            return
+        rows = torch.from_numpy(np.flatnonzero(again)).to(self.device)
+        self.phase[again] += 1
+        self._tell_phase()
+        fresh = self.attack.restart(self.here.rows(rows), {k: v[rows] for k, v in self.state.items()})
+        self.left[again] = self._limit(fresh, len(rows))
+        for key, value in fresh.items():
+            if key not in _RECORD:
+                self.state[key] = self.state[key].index_copy(0, rows, value)
+
+    def _leave(self, done: np.ndarray) -> None:
+        out = torch.from_numpy(np.flatnonzero(done)).to(self.device)
+        stay = torch.from_numpy(np.flatnonzero(~done)).to(self.device)
+        leaving = {k: v[out] for k, v in self.state.items()}
+        self.found.index_copy_(0, self.active[out], self.attack.finish(self.here.rows(out), leaving))
+        self.state = {k: v[stay] for k, v in self.state.items()} if len(stay) else {}
+        self.active = self.active[stay]
+        self.here = self.here.rows(stay)
+        self.left, self.phase, self.dead = self.left[~done], self.phase[~done], self.dead[~done]
+        if self.on_step is not None:
+            self.on_step(self.begun - len(self.active), self.n)
 
 
-def _start(attack: IterativeAttack, problem: Problem) -> Rows:
-    state = attack.begin(problem)
+_RECORD = ("_broken", "_point", "_margin")
+
+
+def _wide(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _opened(problem: Problem, state: Rows) -> Rows:
     n, device = len(problem.x), problem.x.device
-    limit = state.pop("limit", None)
     return {
         **state,
-        "_limit": torch.full((n,), attack.n_iter, dtype=torch.int64, device=device) if limit is None else limit,
-        "_iteration": torch.zeros(n, dtype=torch.int64, device=device),
         "_broken": torch.zeros(n, dtype=torch.bool, device=device),
         "_point": problem.x.clone(),
         "_margin": torch.full((n,), -torch.inf, dtype=torch.float32, device=device),
-    }
-
-
-def _advance(attack: IterativeAttack, problem: Problem, state: Rows) -> Rows:
-    """One iteration, then the record of each live row: its first broken point, else that of highest margin."""
-    kept = {k: state[k] for k in ("_iteration", "_limit", "_broken", "_point", "_margin")}
-    inner = {k: v for k, v in state.items() if k not in kept}
-    inner, point, logits = attack.step(problem, inner)
-    live = (kept["_iteration"] < kept["_limit"]) & ~kept["_broken"]
-    broken = misclassified(logits, problem.y)
-    height = margin(logits, problem.y).float()
-    better = live & (broken | (height > kept["_margin"]))
-    wide = better.reshape(-1, *[1] * (point.ndim - 1))
-    return {
-        **inner,
-        "_iteration": kept["_iteration"] + 1,
-        "_limit": kept["_limit"],
-        "_broken": kept["_broken"] | (live & broken),
-        "_point": torch.where(wide, point, kept["_point"]),
-        "_margin": torch.where(better, height, kept["_margin"]),
     }
