@@ -128,17 +128,20 @@ class PassCounter:
     Attributes:
         forwards: samples sent through the model.
         backwards: samples whose gradient came back.
+        n_classes: columns of the last logits, 0 before the first pass.
     """
 
     def __init__(self, model: Classifier) -> None:
         self.model = model
         self.forwards = 0
         self.backwards = 0
+        self.n_classes = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the model's logits."""
         self.forwards += len(x)
         logits = self.model(x)
+        self.n_classes = logits.shape[-1]
         if logits.requires_grad:
             logits.register_hook(self._count_backward)
         return logits

@@ -235,6 +235,10 @@ class L1(Threat):
         ``cap`` is the room each element has inside the domain. The norm is piecewise linear and decreasing in
         ``dual``, with breakpoints at ``|u|`` and ``|u| - cap``: sorting them gives the root exactly.
         """
+        return self.project_within(x_adv, x, torch.full((len(x),), self.eps, dtype=torch.float64, device=x.device))
+
+    def project_within(self, x_adv: Tensor, x: Tensor, radius: Tensor) -> Tensor:
+        """Do as :meth:`project`, with a radius (B,) for each row in place of ``eps``."""
         wide = _flat(x.double())
         u = _flat(x_adv.double()) - wide
         size = u.abs()
@@ -243,7 +247,7 @@ class L1(Threat):
         else:
             cap = torch.where(u >= 0, self.domain[1] - wide, wide - self.domain[0]).clamp(min=0)
             cap = torch.minimum(cap, size)  # beyond |u| a cap never binds
-        dual = _l1_dual(size, cap, self.eps * (1 - 1e-12))
+        dual = _l1_dual(size, cap, radius.double()[:, None] * (1 - 1e-12))
         kept = torch.minimum((size - dual[:, None]).clamp(min=0), cap)
         return self.clamp(_round_towards(x, (u.sign() * kept).reshape(x.shape)))
 
@@ -279,8 +283,8 @@ class L1(Threat):
         return (signs / signs.abs().sum(1, keepdim=True).clamp(min=1)).reshape(gradient.shape)
 
 
-def _l1_dual(size: Tensor, cap: Tensor, eps: float) -> Tensor:
-    """Return (B,) the least dual >= 0 with sum min(max(size - dual, 0), cap) <= eps.
+def _l1_dual(size: Tensor, cap: Tensor, eps: Tensor) -> Tensor:
+    """Return (B,) the least dual >= 0 with sum min(max(size - dual, 0), cap) <= eps (B, 1).
 
     As ``dual`` falls, an element starts to count at ``size`` (slope +1) and stops growing at ``size - cap``.
     """
@@ -295,7 +299,7 @@ def _l1_dual(size: Tensor, cap: Tensor, eps: float) -> Tensor:
     slope = slope.gather(1, segment).clamp(min=1)
     last = segment == points.shape[1] - 1
     dual = torch.where(last, torch.zeros_like(start), start - (eps - height) / slope)
-    return torch.where(cap.sum(1) <= eps, 0.0, dual.squeeze(1).clamp(min=0))
+    return torch.where(cap.sum(1, keepdim=True) <= eps, 0.0, dual.clamp(min=0)).squeeze(1)
 
 
 _BY_NAME = {"linf": Linf, "inf": Linf, "l2": L2, "2": L2, "l1": L1, "1": L1}

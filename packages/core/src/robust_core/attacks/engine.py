@@ -231,6 +231,7 @@ class IterativeAttack(ABC):
     check_every: ClassVar[int] = 8
     stop_when_broken: ClassVar[bool] = True
     uses_gradient: ClassVar[bool] = True
+    n_draws: int = 1
 
     @abstractmethod
     def begin(self, problem: Problem) -> Rows:
@@ -292,7 +293,7 @@ class IterativeAttack(ABC):
         """Return (B, ...) attacked inputs; see :meth:`run`. Nothing is re-evaluated."""
         problem = prepare(model, self.threat, x, y, index=index, generator=generator, init=init)
         with frozen(model):
-            return self.search(problem)
+            return self.search(replace(problem, n_draws=self.n_draws))
 
     def run(
         self,
@@ -321,7 +322,7 @@ class IterativeAttack(ABC):
         """
         problem = prepare(model, self.threat, x, y, index=index, generator=generator, init=init)
         counter = PassCounter(model)
-        problem = replace(problem, model=counter)
+        problem = replace(problem, model=counter, n_draws=self.n_draws)
         with frozen(model):
             x_adv = self.search(problem, on_step=on_step)
             logits = predict_logits(counter, x_adv, batch_size=self.batch_size)
