@@ -6,6 +6,6 @@ Dataset('digits/test', 351 samples, 10 classes, x (351, 1, 8, 8))
 """
 
 from robust_core.data.dataset import Dataset, LazyItems, as_dataset, to_unit_tensor
-from robust_core.data.sources import Status, available, load
+from robust_core.data.sources import Status, available, load, load_npz
 
-__all__ = ["Dataset", "LazyItems", "Status", "as_dataset", "available", "load", "to_unit_tensor"]
+__all__ = ["Dataset", "LazyItems", "Status", "as_dataset", "available", "load", "load_npz", "to_unit_tensor"]
