@@ -1,0 +1,1 @@
+"""Defences at test time: no base model is retrained."""
