@@ -39,12 +39,13 @@ class Statement:
 
     The measured figure is compared with the baseline's, seed by seed. The statement holds if the whole 95 %
     interval of ``sign * (measured - baseline)`` lies at ``margin`` or above, fails if it lies below, and is
-    inconclusive otherwise.
+    inconclusive otherwise. A statement on several figures ("better than each of ...") holds if it does for all of
+    them and fails if it does for one.
 
     Attributes:
         text: the sentence.
         metric: what is measured, on which data, against which named baseline or control.
-        figure: key of the figure in :attr:`Figures.measured` and :attr:`Figures.baseline`.
+        figure: key of the figure in :attr:`Figures.measured` and :attr:`Figures.baseline`, or several keys.
         unit: unit of the figure.
         margin: least difference, in that unit; negative where "not worse by more than" is stated.
         higher_is_better: False turns the sign.
@@ -55,7 +56,7 @@ class Statement:
 
     text: str
     metric: str
-    figure: str
+    figure: str | tuple[str, ...]
     unit: str
     margin: float
     higher_is_better: bool = True
@@ -168,27 +169,39 @@ def _merge_gates(runs: Sequence[Figures]) -> list[dict[str, Any]]:
 
 
 def _report(statement: Statement, runs: Sequence[Figures]) -> dict[str, Any]:
-    measured = [run.measured[statement.figure] for run in runs]
-    baseline = [run.baseline.get(statement.figure, 0.0) for run in runs]
-    sign = 1.0 if statement.higher_is_better else -1.0
-    interval = paired_interval([sign * (m - b) for m, b in zip(measured, baseline, strict=True)])
-    finite = [end if math.isfinite(end) else None for end in interval]
-    figure = {
-        "name": statement.figure,
-        "unit": statement.unit,
-        "paper": statement.paper,
-        "reason": statement.reason,
-        "measured": measured,
-        "baseline": baseline,
-        "interval": finite,
-    }
+    names = (statement.figure,) if isinstance(statement.figure, str) else statement.figure
+    judged = [_figure(name, statement, runs) for name in names]
+    verdicts = {verdict for verdict, _ in judged}
     return {
         "text": statement.text,
         "metric": statement.metric,
         "margin": statement.margin,
-        "verdict": judge(interval, statement.margin),
-        "figures": [figure],
+        "verdict": "fails" if "fails" in verdicts else "inconclusive" if "inconclusive" in verdicts else "holds",
+        "figures": [figure for _, figure in judged],
     }
+
+
+def _figure(name: str, statement: Statement, runs: Sequence[Figures]) -> tuple[str, dict[str, Any]]:
+    """Return the verdict on one figure and its report; what is not finite is null in JSON, and proves nothing."""
+    if any(name not in run.measured for run in runs):
+        raise RobustError(f"the claim states something on figure {name!r} but a run did not measure it")
+    measured = [run.measured[name] for run in runs]
+    baseline = [run.baseline.get(name, 0.0) for run in runs]
+    sign = 1.0 if statement.higher_is_better else -1.0
+    interval = paired_interval([sign * (m - b) for m, b in zip(measured, baseline, strict=True)])
+    return judge(interval, statement.margin), {
+        "name": name,
+        "unit": statement.unit,
+        "paper": statement.paper,
+        "reason": statement.reason,
+        "measured": [_finite(value) for value in measured],
+        "baseline": [_finite(value) for value in baseline],
+        "interval": [_finite(end) for end in interval],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def _device() -> str:
