@@ -1,0 +1,49 @@
+"""Certifiers: ``certifier.certify(x, y=None) -> Certificate``; what is not proved is never called certified."""
+
+from robust_core.certificates.result import ABSTAIN, About, Certificate, Certifier, Status
+from robust_core.certificates.sequential import crossing_boundary, crossing_probability
+from robust_core.certificates.smoothed import SmoothedClassifier, SmoothingState
+from robust_core.certificates.smoothing import Smoothing
+from robust_core.certificates.statistics import (
+    anytime_lower,
+    anytime_upper,
+    binomial_p_value,
+    clopper_pearson,
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    empirical_bernstein_lower,
+    family_alpha,
+    hoeffding_lower,
+    hoeffding_upper,
+    normal_cdf_upper,
+    normal_quantile_lower,
+    normal_quantile_upper,
+    split_alpha,
+)
+
+__all__ = [
+    "ABSTAIN",
+    "About",
+    "Certificate",
+    "Certifier",
+    "SmoothedClassifier",
+    "Smoothing",
+    "SmoothingState",
+    "Status",
+    "anytime_lower",
+    "anytime_upper",
+    "binomial_p_value",
+    "clopper_pearson",
+    "clopper_pearson_lower",
+    "clopper_pearson_upper",
+    "crossing_boundary",
+    "crossing_probability",
+    "empirical_bernstein_lower",
+    "family_alpha",
+    "hoeffding_lower",
+    "hoeffding_upper",
+    "normal_cdf_upper",
+    "normal_quantile_lower",
+    "normal_quantile_upper",
+    "split_alpha",
+]
