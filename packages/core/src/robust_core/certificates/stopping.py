@@ -101,7 +101,7 @@ class FixedPlan(Plan):
     """All samples for every row, apart from hopeless ones; the bound is Clopper-Pearson at ``n``."""
 
     def __init__(self, n: int, alpha: float, give_up: float) -> None:
-        super().__init__(_coarse(n, 4), chunk_sizes(n), "smoothing/estimation")
+        super().__init__(_coarse(n, 2), chunk_sizes(n), "smoothing/estimation")
         self.alpha = alpha
         bounds = np.asarray(clopper_pearson_lower(np.arange(n // 2, n + 1), n, alpha))
         least = n // 2 + int(np.count_nonzero(bounds <= 0.5))
@@ -198,7 +198,7 @@ class SoftPlan(Plan):
     """
 
     def __init__(self, n: int, alpha: float, give_up: float) -> None:
-        super().__init__(_coarse(n, 4), chunk_sizes(n), "smoothing/soft")
+        super().__init__(_coarse(n, 2), chunk_sizes(n), "smoothing/soft")
         self.soft = True
         self.alpha, self.give_up = alpha, give_up
 
