@@ -13,6 +13,7 @@ __all__ = [
     "NotDifferentiableError",
     "ResourceError",
     "RobustError",
+    "TrainingError",
     "UnsupportedLayerError",
     "UntrustedFileError",
     "optional_import",
@@ -37,6 +38,10 @@ class NotDifferentiableError(RobustError):
 
 class CheckpointError(RobustError):
     """A checkpoint is missing, damaged or of another run."""
+
+
+class TrainingError(RobustError):
+    """Training cannot go on: the loss is NaN or infinite, at the step that the message names."""
 
 
 class UntrustedFileError(RobustError):

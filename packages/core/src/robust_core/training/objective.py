@@ -1,8 +1,10 @@
-"""What a training method is: an objective, usable in anyone's own loop in three lines::
+"""What a training method is: an objective, usable in anyone's own loop in three lines.
 
-    loss = objective(model, batch)
-    loss.total.backward()
-    optimiser.step()
+::
+
+loss = objective(model, batch)
+loss.total.backward()
+optimiser.step()
 """
 
 from __future__ import annotations

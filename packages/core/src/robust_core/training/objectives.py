@@ -1,0 +1,182 @@
+"""The objectives of the core: plain, adversarial, TRADES, Gaussian noise.
+
+========================  =====================================================================================
+:class:`Standard`         the mean of a loss on the inputs as they are
+:class:`Adversarial`      the mean of a loss on attacked inputs, eq. 2.1 of Madry et al. 2018 (arXiv 1706.06083)
+:class:`Trades`           cross entropy + beta * KL(f(x) || f(x')), eq. 5 of Zhang et al. 2019 (arXiv 1901.08573)
+:class:`GaussianNoise`    cross entropy under noise, the base of smoothing, Cohen et al. 2019 (arXiv 1902.02918)
+========================  =====================================================================================
+
+Attacks are crafted in eval mode with frozen parameters (batch statistics would let neighbours leak into a row's
+perturbation, and would move the running averages), the training pass runs in the model's own mode. What is random
+depends on (seed, step, index) only.
+
+Left out: label-leaking single-step training without a random start, curricula over ``eps``.
+Defaults: 10 steps of eps / 4 for 8/255 in [0, 1] (both papers use 2/255); beta = 6 (TRADES' robust setting).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from robust_core.checks import check_number
+from robust_core.random import SampleStreams, Seed, derive, resolve_seed
+from robust_core.training.inner import FastPGD, ascend
+from robust_core.training.objective import Batch, Loss
+
+__all__ = ["Adversarial", "Criterion", "GaussianNoise", "RandomObjective", "Standard", "Trades"]
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""(output of the model, y) -> scalar, the mean over the batch."""
+
+
+class Attack(Protocol):
+    """What :class:`Adversarial` needs of an attack."""
+
+    def __call__(
+        self, model: Any, x: Tensor, y: Tensor, *, index: Tensor | None = None, generator: Seed = None
+    ) -> Tensor:
+        """Return attacked inputs."""
+        ...
+
+
+class RandomObjective(nn.Module):
+    """Base of objectives that draw numbers: they depend on (seed, step, index) and on nothing else.
+
+    ``fit`` says the step and the run's seed in the batch; in a loop of one's own, calls in train mode are counted.
+
+    Args:
+        generator: seed of the objective.
+    """
+
+    def __init__(self, generator: Seed = None) -> None:
+        super().__init__()
+        self.seed = resolve_seed(generator)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self._calls: int | None = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._calls = None
+
+    def step_seed(self, batch: Batch) -> int:
+        """Return the seed of this step."""
+        if "step" in batch:
+            step = int(batch["step"])
+        else:
+            step = int(self.get_buffer("calls")) if self._calls is None else self._calls
+            self._calls = step + 1
+            self.get_buffer("calls").add_(1)
+        return derive(self.seed, int(batch.get("seed", 0)), step)
+
+    @staticmethod
+    def index(batch: Batch) -> Tensor:
+        """Return the batch's ``index``, or 0 .. B - 1 where it has none."""
+        found = batch.get("index")
+        return torch.arange(len(batch["x"]), device=batch["x"].device) if found is None else found
+
+
+class Standard(nn.Module):
+    """Minimise the mean of ``loss``.
+
+    Args:
+        loss: (logits, y) -> scalar; cross entropy by default.
+    """
+
+    def __init__(self, loss: Criterion = F.cross_entropy) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, model: nn.Module, batch: Batch) -> Loss:
+        """Return the loss of one batch."""
+        return Loss(self.loss(model(batch["x"]), batch["y"]))
+
+
+class Adversarial(RandomObjective):
+    """Minimise the mean of ``loss`` on inputs that an attacker has moved.
+
+    Args:
+        attack: any attack; :class:`~robust_core.training.FastPGD` is the quick one. An iterative attack of
+            :mod:`robust_core.attacks` stops at the first broken point of a sample and is weaker as a teacher.
+        loss: (logits, y) -> scalar.
+        generator: seed.
+    """
+
+    def __init__(self, attack: Attack, loss: Criterion = F.cross_entropy, *, generator: Seed = None) -> None:
+        super().__init__(generator)
+        self.attack, self.loss = attack, loss
+
+    def forward(self, model: nn.Module, batch: Batch) -> Loss:
+        """Return the loss of one batch."""
+        x, y = batch["x"], batch["y"]
+        attacked = self.attack(model, x, y, index=self.index(batch), generator=self.step_seed(batch))
+        return Loss(self.loss(model(attacked), y))
+
+
+class Trades(RandomObjective):
+    """Minimise cross entropy plus ``beta`` times the divergence that an attacker can cause.
+
+    The attacker raises KL(f(x) || f(x')) from ``x`` plus a small normal noise (0.001, as the authors do).
+
+    Args:
+        attack: threat, number and length of steps.
+        beta: weight of robustness against accuracy.
+        generator: seed.
+    """
+
+    def __init__(self, attack: FastPGD, beta: float = 6.0, *, generator: Seed = None) -> None:
+        super().__init__(generator)
+        if not isinstance(attack, FastPGD):
+            raise TypeError(f"attack is a {type(attack).__name__}; TRADES raises a divergence of its own: give FastPGD")
+        self.attack, self.beta = attack, check_number("beta", beta, low=0)
+
+    def craft(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return (B, ...) the attacked inputs."""
+        x, attack = batch["x"], self.attack
+        with torch.no_grad():
+            was = [(module, module.training) for module in model.modules()]
+            model.eval()
+            clean = F.log_softmax(model(x).float(), dim=1)
+            for module, mode in was:
+                module.training = mode
+        streams = SampleStreams(self.step_seed(batch), self.index(batch), "start")
+        start = attack.threat.project(x + 0.001 * streams.normal(x.shape[1:], dtype=x.dtype), x)
+
+        def divergence(logits: Tensor) -> Tensor:
+            return F.kl_div(F.log_softmax(logits.float(), dim=1), clean, reduction="none", log_target=True).sum(1)
+
+        return ascend(model, attack.threat, x, start, divergence, n_iter=attack.n_iter, step_size=attack.step)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Loss:
+        """Return the loss of one batch, with parts ``natural`` and ``robust``."""
+        attacked = self.craft(model, batch)
+        logits, moved = model(batch["x"]), model(attacked)
+        natural = F.cross_entropy(logits, batch["y"])
+        log_p, log_q = F.log_softmax(logits.float(), dim=1), F.log_softmax(moved.float(), dim=1)
+        robust = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        return Loss(natural + self.beta * robust, {"natural": natural.detach(), "robust": robust.detach()})
+
+
+class GaussianNoise(RandomObjective):
+    """Minimise the loss under normal noise: what randomised smoothing of the same ``sigma`` needs.
+
+    Args:
+        sigma: standard deviation, in the units of the inputs.
+        loss: (logits, y) -> scalar.
+        generator: seed.
+    """
+
+    def __init__(self, sigma: float, loss: Criterion = F.cross_entropy, *, generator: Seed = None) -> None:
+        super().__init__(generator)
+        self.sigma, self.loss = check_number("sigma", sigma, low=0), loss
+
+    def forward(self, model: nn.Module, batch: Batch) -> Loss:
+        """Return the loss of one batch."""
+        x = batch["x"]
+        streams = SampleStreams(self.step_seed(batch), self.index(batch), "noise")
+        return Loss(self.loss(model(x + self.sigma * streams.normal(x.shape[1:], dtype=x.dtype)), batch["y"]))
