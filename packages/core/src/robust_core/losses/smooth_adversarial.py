@@ -22,27 +22,22 @@ loss; the ascent climbs the square, whose direction is the same and which has a 
 
 The perturbed inputs are made in eval mode; clean and perturbed inputs then pass the network together, in its own mode,
 so that batch normalisation sees one set of statistics. Defaults: the sheet of the method (``rho = tau = 1``, 10
-steps of ``2.5 eps / 10``, ``nu`` grown over the first third of the epochs); ``nu`` wants tuning on held-out data,
+steps of a quarter of ``eps``, ``nu`` grown over the first third of the epochs); ``nu`` wants tuning on held-out data,
 0.03 .. 3. The derivation of the bound is reconstructed and tested where the maximum is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
-from robust_core.attacks.engine import Problem, prepare
-from robust_core.attacks.pgd import PGD
-from robust_core.checks import check_labels, check_number
+from robust_core.checks import check_inputs, check_labels, check_number
 from robust_core.losses.comp_sum import check_tau, comp_sum
 from robust_core.models import Classifier, frozen
-from robust_core.random import Seed, resolve_seed
-from robust_core.threats import Threat
+from robust_core.random import SampleStreams, Seed, resolve_seed
+from robust_core.training.inner import FastPGD, ascend
 from robust_core.training.objective import Batch, Loss
+from robust_core.training.objectives import RandomObjective
 
 __all__ = ["SmoothAdvCompSumLoss", "margin_drift", "smooth_adversarial_comp_sum", "worst_drift"]
 
@@ -67,48 +62,42 @@ def margin_drift(logits: Tensor, reference: Tensor, y: Tensor) -> Tensor:
     return (_square_drift(logits, reference, y) + _FLOOR).sqrt()
 
 
-@dataclass(frozen=True)
-class _DriftAscent(PGD):
-    """PGD on the drift from ``context["clean_logits"]``; from the clean point itself there is no gradient."""
-
-    name: ClassVar[str] = "drift"
-
-    def _climb(self, problem: Problem) -> Callable[[Tensor], Tensor]:
-        return lambda logits: _square_drift(logits, problem.context["clean_logits"], problem.y)
-
-
 def worst_drift(
-    model: Classifier,
-    x: Tensor,
-    y: Tensor,
-    *,
-    threat: Threat,
-    n_iter: int = 10,
-    step_size: float | None = None,
-    index: Tensor | None = None,
-    generator: Seed = None,
-    draw: Tensor | None = None,
+    model: Classifier, x: Tensor, y: Tensor, *, attack: FastPGD, index: Tensor | None = None, generator: Seed = None
 ) -> Tensor:
     """Return (B, ...) inputs inside the threat at which the margins have moved far, by projected gradient ascent.
+
+    The start is random whatever ``attack`` says: at the input itself there is no gradient.
 
     Args:
         model: the classifier; used in eval mode with frozen parameters, left as found.
         x: (B, ...) inputs inside the domain of the threat.
         y: (B,) int64 labels.
-        threat: what may be done to an input.
-        n_iter: steps.
-        step_size: length of a step in the norm of the threat; None means ``2.5 * eps / n_iter``.
+        attack: threat, number and length of steps.
         index: (B,) int64, names the random streams of the starts; 0 .. B-1 by default.
         generator: seed of the random starts.
-        draw: int64 scalar, which of the starts of each sample to use; 0 by default.
+
+    Raises:
+        TypeError, ValueError: bad inputs or labels (on an accelerator, values are not looked at).
     """
-    attack = _DriftAscent(threat, n_iter=n_iter, step_size=step_size, keep="last", batch_size=len(x))
-    problem = prepare(model, threat, x, y, index=index, generator=generator)
-    if draw is not None:
-        problem = replace(problem, phase=draw.to(x.device).expand(len(x)))
-    with frozen(model):
-        problem = replace(problem, context={"clean_logits": problem.logits(problem.x)})
-        return attack.search(problem)
+    look = x.device.type == "cpu"
+    if look:
+        check_inputs(x, attack.threat.domain)
+    with frozen(model), torch.no_grad():
+        reference = model(x)
+    if look:
+        check_labels(y, len(x), reference.shape[1])
+    index = torch.arange(len(x), device=x.device) if index is None else index
+    start = attack.threat.random_start(x, SampleStreams(resolve_seed(generator), index, "start"))
+    return ascend(
+        model,
+        attack.threat,
+        x,
+        start,
+        lambda logits: _square_drift(logits, reference, y),
+        n_iter=attack.n_iter,
+        step_size=attack.step,
+    )
 
 
 def smooth_adversarial_comp_sum(
@@ -132,47 +121,40 @@ def smooth_adversarial_comp_sum(
     return base + nu * drift, {"base": base, "drift": drift}
 
 
-class SmoothAdvCompSumLoss(nn.Module):
+class SmoothAdvCompSumLoss(RandomObjective):
     """Training objective: the mean smooth adversarial comp-sum loss.
 
     Args:
-        threat: what the attacker may do, e.g. ``Linf(8 / 255)``.
+        attack: threat, number and length of the steps of the inner maximisation, e.g. ``FastPGD(Linf(8 / 255))``.
         tau: of the comp-sum loss, at least 0; 1 as in the paper's experiments.
         rho: margin scale, above 0.
         nu: weight of the drift, at least 0; the knob between clean and robust accuracy.
-        n_iter: steps of the inner maximisation.
-        step_size: length of a step; None means ``2.5 * eps / n_iter``.
         warmup: share of the epochs over which ``nu`` grows linearly to its value, in [0, 1]. Takes effect where
             ``on_epoch`` is called, as ``fit`` does.
         generator: seed of the random starts.
     """
 
     nu_share: Tensor
-    batches: Tensor
 
     def __init__(
         self,
-        threat: Threat,
+        attack: FastPGD,
         *,
         tau: float = 1.0,
         rho: float = 1.0,
         nu: float = 0.3,
-        n_iter: int = 10,
-        step_size: float | None = None,
         warmup: float = 1 / 3,
         generator: Seed = None,
     ) -> None:
-        super().__init__()
-        self.threat = threat
+        super().__init__(generator)
+        if not isinstance(attack, FastPGD):
+            raise TypeError(f"attack is a {type(attack).__name__}; the ascent is of its own: give FastPGD(threat, ...)")
+        self.attack = attack
         self.tau = check_tau(tau)
         self.rho = check_number("rho", rho, low=0, open_low=True)
         self.nu = check_number("nu", nu, low=0)
         self.warmup = check_number("warmup", warmup, low=0, high=1)
-        PGD(threat, n_iter=n_iter, step_size=step_size)  # checks both
-        self.n_iter, self.step_size = n_iter, step_size
-        self.seed = resolve_seed(generator)
         self.register_buffer("nu_share", torch.ones(()))
-        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def is_upper_bound(self, n_classes: int) -> bool:
         """Return whether ``nu >= sqrt(n_classes - 1) / rho``: the loss, at its exact maximum, is an upper bound."""
@@ -183,29 +165,18 @@ class SmoothAdvCompSumLoss(nn.Module):
         self.nu_share.fill_(min(1.0, (epoch + 1) / max(self.warmup * epochs, 1.0)))
 
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
-        """Return the loss of ``{x, y}``; ``index``, where given, names the random streams.
+        """Return the loss of one batch, with parts ``base`` and ``drift``.
 
         Raises:
-            TypeError, ValueError: bad inputs or labels, before any pass of the model.
+            TypeError, ValueError: bad inputs or labels.
         """
         x, y = batch["x"], batch["y"]
-        check_labels(y, len(x))
-        x_adv = worst_drift(
-            model,
-            x,
-            y,
-            threat=self.threat,
-            n_iter=self.n_iter,
-            step_size=self.step_size,
-            index=batch.get("index"),
-            generator=self.seed,
-            draw=self.batches,
-        )
-        self.batches = self.batches + 1
+        seed = self.step_seed(batch)
+        x_adv = worst_drift(model, x, y, attack=self.attack, index=self.index(batch), generator=seed)
         logits, logits_adv = model(torch.cat([x, x_adv])).chunk(2)
         nu = self.nu * self.nu_share.to(logits.device)
         losses, parts = smooth_adversarial_comp_sum(logits, logits_adv, y, tau=self.tau, rho=self.rho, nu=nu)
         return Loss(losses.mean(), {name: part.detach().mean() for name, part in parts.items()})
 
     def extra_repr(self) -> str:  # noqa: D102
-        return f"{self.threat}, tau={self.tau:g}, rho={self.rho:g}, nu={self.nu:g}, n_iter={self.n_iter}"
+        return f"{self.attack}, tau={self.tau:g}, rho={self.rho:g}, nu={self.nu:g}"
