@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["Seed", "SampleStreams", "derive", "resolve_seed", "stream"]
+__all__ = ["SampleStreams", "Seed", "derive", "reseeded", "resolve_seed", "stream"]
 
 Seed = torch.Generator | int | None
 _MASK63 = (1 << 63) - 1
@@ -55,6 +56,26 @@ def stream(
     generator = torch.Generator(device=device)
     generator.manual_seed(derive(seed, purpose, index, chunk))
     return generator
+
+
+@contextmanager
+def reseeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed torch's global generators (CPU, and ``device``) for a block, and put them back as they were.
+
+    For code of others that draws from them: a model with random layers repeats itself within the block.
+    """
+    generators = [torch.default_generator]
+    if device is not None and device.type == "cuda":
+        torch.cuda.init()
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def _signed(value: int) -> int:
@@ -104,18 +125,14 @@ class SampleStreams:
         key = _mix(self.key + chunk.to(torch.int64) * _C2)
         return _mix(_mix(counter * _GOLDEN + key[:, None]) + key[:, None]).reshape(len(key), *shape)
 
-    def uniform(
-        self, shape: Iterable[int], *, chunk: int | Tensor = 0, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def uniform(self, shape: Iterable[int], *, chunk: int | Tensor = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return (B, *shape) draws from U(0, 1), both ends excluded."""
         bits = {torch.float64: 52}.get(dtype, 23)
         word = _shift(self.words(shape, chunk=chunk), 64 - bits)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return ((word.to(wide) + 0.5) * 2.0**-bits).to(dtype)
 
-    def normal(
-        self, shape: Iterable[int], *, chunk: int | Tensor = 0, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def normal(self, shape: Iterable[int], *, chunk: int | Tensor = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return (B, *shape) draws from N(0, 1), by the Box-Muller transform."""
         shape = tuple(shape)
         u = self.uniform((2, *shape), chunk=chunk, dtype=torch.float64)
@@ -125,8 +142,6 @@ class SampleStreams:
         """Return (B, *shape) int64 draws from 0 .. high - 1; ``high`` broadcasts against (B, *shape)."""
         return (self.uniform(shape, chunk=chunk, dtype=torch.float64) * high).to(torch.int64)
 
-    def signs(
-        self, shape: Iterable[int], *, chunk: int | Tensor = 0, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def signs(self, shape: Iterable[int], *, chunk: int | Tensor = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return (B, *shape) draws from {-1, +1}."""
         return (_shift(self.words(shape, chunk=chunk), 63) * 2 - 1).to(dtype)

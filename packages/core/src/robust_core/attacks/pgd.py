@@ -75,6 +75,11 @@ class PGD(IterativeAttack):
             raise ValueError(f"n_restarts={self.n_restarts} needs keep='best': the last iterate is one restart's")
 
     @property
+    def length(self) -> float:
+        """Length of a step."""
+        return 2.5 * self.threat.eps / self.n_iter if self.step_size is None else self.step_size
+
+    @property
     def evaluations(self) -> int:
         """Calls of ``step`` in each restart: the start, and the point after each step."""
         return self.n_iter + 1
@@ -137,8 +142,7 @@ class PGD(IterativeAttack):
             direction = self.threat.spread(gradient, torch.full_like(problem.y, share))
         else:
             direction = self.threat.steepest(gradient)
-        length = 2.5 * self.threat.eps / self.n_iter if self.step_size is None else self.step_size
-        point = torch.add(state["next"], direction, alpha=length)
+        point = torch.add(state["next"], direction, alpha=self.length)
         state["next"] = self.threat.project(point, problem.x, frame=state)
         return state
 
@@ -159,5 +163,8 @@ class FGSM(PGD):
         super().__post_init__()
         if self.n_iter != 1:
             raise ValueError(f"n_iter={self.n_iter}: FGSM makes one step; use PGD for more")
-        if self.step_size is None:
-            object.__setattr__(self, "step_size", self.threat.eps)
+
+    @property
+    def length(self) -> float:
+        """Length of the step: ``eps`` unless given."""
+        return self.threat.eps if self.step_size is None else self.step_size
