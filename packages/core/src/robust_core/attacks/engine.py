@@ -43,7 +43,10 @@ Rows = dict[str, Tensor]
 class Attack(Protocol):
     """What every attack can do; see :class:`IterativeAttack` for the contract."""
 
-    threat: Threat
+    @property
+    def threat(self) -> Threat:
+        """What the attacker may do."""
+        ...
 
     def __call__(
         self, model: Classifier, x: Tensor, y: Tensor, *, index: Tensor | None = None, generator: Seed = None

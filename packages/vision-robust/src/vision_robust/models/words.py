@@ -17,6 +17,7 @@ from robust_core.errors import ResourceError, optional_import
 from robust_core.io import load_weights
 from robust_core.models import Normalize
 from vision_robust.models.networks import SmallCNN, resnet18_32
+from vision_robust.models.saved import load_mixed
 
 __all__ = ["load_model"]
 
@@ -42,7 +43,7 @@ def load_model(
         ValueError: a spec of no known form, or weights that do not fit.
         ResourceError: weights, a module or a library that is not there.
     """
-    schemes = {"torchvision": _torchvision, "timm": _timm, "bundled": _bundled}
+    schemes = {"torchvision": _torchvision, "timm": _timm, "bundled": _bundled, "mixed": _mixed}
     model = loading.load_model(spec, weights=weights, schemes=schemes, device=device)
     if normalise is None:
         return model
@@ -116,3 +117,9 @@ def _bundled(name: str, weights: str | None) -> nn.Module:
     network = build(_head_size(build(10), weights))
     loading.load_into(network, weights)
     return network
+
+
+def _mixed(name: str, weights: str | None) -> nn.Module:
+    if weights is not None:
+        raise ValueError(f"model 'mixed:{name}': the folder holds its weights; leave --weights out")
+    return load_mixed(name)

@@ -11,7 +11,7 @@ at least 1/2 carries certificates; a small mixing network that detects attacks m
 - mixing network, versions 3 and 4 of the official release -> :class:`MixingNetwork`; on penultimate features ->
   :class:`SmallMixingNetwork`
 - training loss and training attacks -> :class:`MixingObjective`, an objective for ``robust_core.training.fit``
-- adaptive attack on the mixture -> :class:`AdaptiveMixingAttack`
+- adaptive attack on the mixture -> :class:`MixingAPGD` (for each rank of target), :class:`MixingPGD`
 - margin lemma, Lipschitz and smoothing theorems -> ``robust_core.certificates.mixed``; applied to a mixture ->
   :class:`MixedLipschitzCertifier`, :class:`MixedSmoothing`
 - choice of a constant weight -> :func:`tradeoff_curve`, :func:`select_mixing_weight`
@@ -26,21 +26,23 @@ from vision_robust.inference.adaptive_smoothing.mixed import MixedClassifier, mi
 from vision_robust.inference.adaptive_smoothing.network import FeatureTap, MixingNetwork, SmallMixingNetwork
 from vision_robust.inference.adaptive_smoothing.select import TradeOff, select_mixing_weight, tradeoff_curve
 from vision_robust.inference.adaptive_smoothing.training import (
-    AdaptiveMixingAttack,
+    MixingAPGD,
     MixingLoss,
     MixingObjective,
+    MixingPGD,
     randomised_attack,
 )
 
 __all__ = [
-    "AdaptiveMixingAttack",
     "FeatureTap",
     "MixedClassifier",
     "MixedLipschitzCertifier",
     "MixedSmoothing",
+    "MixingAPGD",
     "MixingLoss",
     "MixingNetwork",
     "MixingObjective",
+    "MixingPGD",
     "SmallMixingNetwork",
     "TradeOff",
     "mixture",

@@ -143,7 +143,7 @@ class MixingNetwork(TappedNetwork):
 
 
 def _pool(x: Tensor, size: Sequence[int]) -> Tensor:
-    return x if tuple(x.shape[-2:]) == tuple(size) else F.adaptive_avg_pool2d(x, list(size))
+    return x if tuple(x.shape[-2:]) == tuple(size) else F.adaptive_avg_pool2d(x, (size[0], size[1]))
 
 
 def _join(a: Tensor, b: Tensor) -> Tensor:

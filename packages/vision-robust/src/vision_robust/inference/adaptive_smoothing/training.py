@@ -19,6 +19,7 @@ from robust_core.models import PassCounter, frozen, predict_logits
 from robust_core.random import Seed, derive, resolve_seed
 from robust_core.threats import Threat
 from robust_core.training.objective import Batch, Loss
+from robust_core.training.objectives import RandomObjective
 from vision_robust.inference.adaptive_smoothing.mixed import MixedClassifier
 
 __all__ = ["MixingAPGD", "MixingLoss", "MixingObjective", "MixingPGD", "randomised_attack"]
@@ -182,7 +183,7 @@ class MixingLoss(nn.Module):
         return total * torch.where(attacked > 0, 1.0, self.clean)
 
 
-class MixingObjective(nn.Module):
+class MixingObjective(RandomObjective):
     """Train the mixing network against fresh attacks on the whole mixture.
 
     Every batch is attacked by the cross-entropy and towards ``n_targets`` classes; clean and attacked copies are
@@ -211,13 +212,12 @@ class MixingObjective(nn.Module):
         bce_ceiling: float = 0.4,
         generator: Seed = None,
     ) -> None:
-        super().__init__()
+        super().__init__(generator)
         check_count("n_targets", n_targets, low=0)
-        self.threat, self.n_targets, self.kind = threat, n_targets, kind
+        self.threat, self.n_targets = threat, n_targets
+        self.kind: Literal["apgd", "pgd"] = kind
         self.loss = MixingLoss() if loss is None else loss
         self.mean_iterations, self.eps_range, self.bce_ceiling = mean_iterations, eps_range, bce_ceiling
-        self.seed = resolve_seed(generator)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def trainable(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Return the parameters of the mixing network alone."""
@@ -229,15 +229,14 @@ class MixingObjective(nn.Module):
         mixed, x, y = _mixed(model), batch["x"], batch["y"]
         check_inputs(x, self.threat.domain)
         check_labels(y, len(x))
-        step = int(self.get_buffer("step"))
-        self.get_buffer("step").add_(1)
+        seed = self.step_seed(batch)
         with frozen(mixed):
             n_targets = min(self.n_targets, mixed(x[:1]).shape[1] - 1)
-            attacked = [self._attack(mixed, batch, step, rank) for rank in range(n_targets + 1)]
+            attacked = [self._attack(mixed, batch, seed, rank) for rank in range(n_targets + 1)]
         copies = len(attacked)
         inputs = torch.cat([x] * copies + attacked)
         labels, truth = y.repeat(2 * copies), torch.arange(2, device=x.device).repeat_interleave(copies * len(x))
-        order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(derive(self.seed, "order", step)))
+        order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(derive(seed, "order")))
         losses, rows = [], order.to(x.device)
         for part in rows.chunk(2 * copies):
             mixture = mixed.mix(inputs[part])
@@ -247,18 +246,18 @@ class MixingObjective(nn.Module):
         parts = {"clean": total[~is_attacked].mean().detach(), "attacked": total[is_attacked].mean().detach()}
         return Loss(total.mean(), parts)
 
-    def _attack(self, mixed: MixedClassifier, batch: Batch, step: int, rank: int) -> Tensor:
+    def _attack(self, mixed: MixedClassifier, batch: Batch, seed: int, rank: int) -> Tensor:
         attack = randomised_attack(
             self.threat,
             kind=self.kind,
             target_rank=rank,
-            generator=derive(self.seed, "strength", step, rank),
+            generator=derive(seed, "strength", rank),
             mean_iterations=self.mean_iterations,
             eps_range=self.eps_range,
             bce_ceiling=self.bce_ceiling,
         )
-        seed = derive(self.seed, "attack", step, rank)
-        return attack(mixed, batch["x"], batch["y"], index=batch["index"], generator=seed)
+        index = self.index(batch)
+        return attack(mixed, batch["x"], batch["y"], index=index, generator=derive(seed, "attack", rank))
 
 
 def _mixed(model: nn.Module) -> MixedClassifier:

@@ -1,0 +1,242 @@
+"""The verbs of ``robust vision``. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from robust_core.cli import console
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from robust_core.evaluation import Report
+    from vision_robust.cli.setting import Setting
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="Attack, certify, evaluate and harden your own image classifier.")
+
+MODEL_HELP = (
+    "torchvision:NAME, timm:NAME, package.module:factory, bundled:small-cnn@CxHxW, mixed:FOLDER or an exported .pt2; "
+    "inputs are images in [0, 1]."
+)
+Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+Weights = Annotated[Path | None, typer.Option(help="safetensors file with the model's weights.")]
+Normalise = Annotated[
+    str | None,
+    typer.Option(help="'imagenet', or MEAN/STD such as 0.5,0.5,0.5/0.25,0.25,0.25, put in front of the model."),
+]
+Data = Annotated[
+    str, typer.Option("--data", "-d", help="digits, fashion_mnist, cifar10, cifar100, an image folder or an .npz file.")
+]
+Split = Annotated[str | None, typer.Option(help="train, test or all; test where the data has one.")]
+Root = Annotated[Path | None, typer.Option(help="Where named data sets lie; ROBUST_DATA by default.")]
+Size = Annotated[int | None, typer.Option(help="Image folders: resize and crop to this many pixels.")]
+N = Annotated[int | None, typer.Option("--n", min=1, help="Use this many evenly spaced samples; all by default.")]
+Norm = Annotated[str, typer.Option(help="linf, l2 or l1.")]
+Eps = Annotated[str, typer.Option(help="Radius in the units of the image in [0, 1]; fractions such as 8/255 are fine.")]
+Version = Annotated[str, typer.Option(help="AutoAttack: standard, plus, rand or fast (a quick look, marked as such).")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Inputs in one pass; results do not depend on it.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for result.json, per_sample.npz, report.html.")]
+Resume = Annotated[Path | None, typer.Option(help="Folder for finished batches: the same command goes on from there.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+
+
+def _command() -> str:
+    """The command as the user could type it again, without the path of the program."""
+    return shlex.join(["robust", *sys.argv[1:]])
+
+
+def _measure(setting: Setting, parts: Sequence[Any], *, resume: Path | None, out: Path | None, json: bool) -> Report:
+    from robust_core.evaluation import evaluate
+
+    with console.progress() as report:
+        found = evaluate(
+            setting.model,
+            setting.data,
+            parts,
+            generator=setting.seed,
+            batch_size=setting.batch_size,
+            device=setting.device,
+            resume=resume,
+            name=setting.name,
+            command=_command(),
+            on_step=report,
+        )
+    if out is not None:
+        found.save(out)
+    if json:
+        console.emit_json(found.document)
+    else:
+        console.figures_table(found.document["figures"], title=f"{setting.name} on {setting.data.name}")
+        for flag in found.document["flags"]:
+            console.info(f"flag: {flag}")
+        if out is not None:
+            console.info(f"report: {out / 'report.html'}")
+    return found
+
+
+@app.command()
+def attack(
+    model: Model,
+    data: Data = "digits",
+    weights: Weights = None,
+    normalise: Normalise = None,
+    split: Split = None,
+    root: Root = None,
+    size: Size = None,
+    n: N = None,
+    norm: Norm = "linf",
+    eps: Eps = "8/255",
+    version: Annotated[
+        str, typer.Option(help="standard, plus, rand or fast (a quick look, marked as such).")
+    ] = "standard",
+    seed: Seed = 0,
+    device: Device = "auto",
+    batch_size: BatchSize = 256,
+    resume: Resume = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Break the model with AutoAttack: accuracy that is left, attack by attack, with intervals and doubts."""
+    from robust_core.evaluation import Adversarial, Clean
+    from robust_core.threats import parse_threat
+    from vision_robust.cli.setting import prepare
+
+    threat = parse_threat(norm, eps)
+    where = {"split": split, "root": root, "size": size, "n": n}
+    setting = prepare(
+        model, data, weights=weights, normalise=normalise, **where, seed=seed, device=device, batch_size=batch_size
+    )
+    _measure(setting, [Clean(), Adversarial(threat, version=version)], resume=resume, out=out, json=json)
+
+
+@app.command()
+def certify(
+    model: Model,
+    data: Data = "digits",
+    method: Annotated[
+        str, typer.Option(help="smoothing, interval, crown, crown-ibp, alpha-crown or lipschitz.")
+    ] = "smoothing",
+    weights: Weights = None,
+    normalise: Normalise = None,
+    split: Split = None,
+    root: Root = None,
+    size: Size = None,
+    n: N = None,
+    norm: Annotated[str, typer.Option(help="linf, l2 or l1 (smoothing: always l2).")] = "linf",
+    eps: Eps = "8/255",
+    sigma: Annotated[float, typer.Option(help="Smoothing: standard deviation of the noise, image in [0, 1].")] = 0.25,
+    n_samples: Annotated[int, typer.Option(min=1, help="Smoothing: noisy samples for each input.")] = 10_000,
+    alpha: Annotated[float, typer.Option(help="Smoothing: failure probability of each certificate.")] = 0.001,
+    seed: Seed = 0,
+    device: Device = "auto",
+    batch_size: BatchSize = 256,
+    resume: Resume = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Prove what no attack can do: certified accuracy against radius, for the function that is named."""
+    from robust_core.evaluation import Certified, Clean
+    from vision_robust.cli.setting import certifier, prepare
+
+    where = {"split": split, "root": root, "size": size, "n": n}
+    setting = prepare(
+        model, data, weights=weights, normalise=normalise, **where, seed=seed, device=device, batch_size=batch_size
+    )
+    chosen = certifier(method, setting, norm=norm, eps=eps, sigma=sigma, n_samples=n_samples, alpha=alpha)
+    _measure(setting, [Clean(), Certified(chosen)], resume=resume, out=out, json=json)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data = "digits",
+    parts: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: clean, calibration, adversarial, curve, corruptions, certified, translation."
+        ),
+    ] = "clean,calibration,adversarial,curve,corruptions",
+    weights: Weights = None,
+    normalise: Normalise = None,
+    split: Split = None,
+    root: Root = None,
+    size: Size = None,
+    n: N = None,
+    norm: Norm = "linf",
+    eps: Eps = "8/255",
+    version: Version = "standard",
+    profile: Annotated[
+        str | None, typer.Option(help="Corruptions: imagenet, cifar or small; by size if not given.")
+    ] = None,
+    sigma: Annotated[float, typer.Option(help="Certified: standard deviation of the noise.")] = 0.25,
+    seed: Seed = 0,
+    device: Device = "auto",
+    batch_size: BatchSize = 256,
+    resume: Resume = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Measure everything that is asked for and write one report that can be shown."""
+    from vision_robust.cli.setting import choose_parts, prepare
+
+    where = {"split": split, "root": root, "size": size, "n": n}
+    setting = prepare(
+        model, data, weights=weights, normalise=normalise, **where, seed=seed, device=device, batch_size=batch_size
+    )
+    chosen = choose_parts(parts, setting, norm=norm, eps=eps, version=version, profile=profile, sigma=sigma)
+    _measure(setting, chosen, resume=resume, out=out, json=json)
+
+
+@app.command()
+def harden(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for weights, checkpoints, log and result.json.")],
+    method: Annotated[
+        str, typer.Option(help="adversarial-training, trades, comp-sum, gaussian-training or adaptive-smoothing.")
+    ] = "adversarial-training",
+    model: Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP)] = None,
+    accurate: Annotated[str | None, typer.Option(help="adaptive-smoothing: accurate SPEC[@WEIGHTS].")] = None,
+    robust: Annotated[str | None, typer.Option(help="adaptive-smoothing: robust SPEC[@WEIGHTS].")] = None,
+    data: Data = "digits",
+    weights: Weights = None,
+    root: Root = None,
+    size: Size = None,
+    n: N = None,
+    norm: Norm = "linf",
+    eps: Eps = "8/255",
+    sigma: Annotated[float, typer.Option(help="gaussian-training: standard deviation of the noise.")] = 0.25,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 20,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, with a cosine schedule.")] = 1e-3,
+    precision: Annotated[str, typer.Option(help="float32, bf16 or fp16.")] = "float32",
+    max_robust_drop: Annotated[float, typer.Option(help="adaptive-smoothing: robust accuracy to give up.")] = 0.02,
+    seed: Seed = 0,
+    device: Device = "auto",
+    batch_size: BatchSize = 128,
+    json: Json = False,
+) -> None:
+    """Make a model more robust; an interrupted run goes on where it stopped when the command is repeated."""
+    from vision_robust.cli import harden as verbs
+
+    settings = verbs.HardenSettings(
+        out=out, data=data, root=root, size=size, n=n, norm=norm, eps=eps, sigma=sigma, epochs=epochs,
+        learning_rate=learning_rate, precision=precision, seed=seed, device=device, batch_size=batch_size,
+        command=_command(),
+    )  # fmt: skip
+    with console.progress() as report:
+        if method == "adaptive-smoothing":
+            result = verbs.mix(settings, accurate, robust, max_robust_drop=max_robust_drop, on_step=report)
+        else:
+            result = verbs.train(settings, method, model, weights, on_step=report)
+    if json:
+        console.emit_json(result)
+    else:
+        console.figures_table(result["figures"], title=f"{method}: {out}")
+        console.info(f"use it: robust vision evaluate --model {result['model']}")

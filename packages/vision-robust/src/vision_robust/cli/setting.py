@@ -1,0 +1,129 @@
+"""From the words of the command line to model, data, certifier and parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from robust_core.device import choose_device
+from torch import nn
+
+from robust_core.certificates import Crown, IntervalBounds, LipschitzCertifier, Smoothing
+from robust_core.data import Dataset, load
+from robust_core.errors import ResourceError
+from robust_core.evaluation import (
+    Adversarial,
+    Calibration,
+    Certified,
+    Clean,
+    Corruptions,
+    SecurityCurve,
+    TranslationConsistency,
+)
+from robust_core.threats import parse_threat
+from vision_robust.models import load_model
+
+__all__ = ["Setting", "certifier", "choose_parts", "load_data", "prepare"]
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every verb needs."""
+
+    model: nn.Module
+    data: Dataset
+    name: str
+    seed: int
+    device: torch.device
+    batch_size: int
+
+
+def prepare(
+    model: str,
+    data: str,
+    *,
+    weights: Path | None,
+    normalise: str | None,
+    split: str | None,
+    root: Path | None,
+    size: int | None,
+    n: int | None,
+    seed: int,
+    device: str,
+    batch_size: int,
+) -> Setting:
+    """Load everything, and see that model and data fit before any long work begins."""
+    where = choose_device(device)
+    dataset = load_data(data, split=split or "test", root=root, size=size, n=n)
+    network = load_model(model, weights=weights, normalise=parse_normalise(normalise), device=where)
+    probe = dataset.batch(range(1))["x"].to(where)
+    try:
+        with torch.no_grad():
+            network(probe.expand(16, *probe.shape[1:]))
+    except RuntimeError as error:
+        shape = tuple(probe.shape[1:])
+        raise ValueError(f"model {model!r} does not take inputs of shape {shape} ({data}): {error}") from error
+    return Setting(network, dataset, model, seed, where, batch_size)
+
+
+def load_data(data: str, *, split: str, root: Path | None, size: int | None, n: int | None) -> Dataset:
+    """Return the data set, thinned to ``n`` evenly spaced samples."""
+    if ("/" in data or data.endswith(".npz")) and not Path(data).exists():
+        raise ResourceError(f"--data {data}: no such file or folder")
+    options: dict[str, Any] = {} if size is None else {"size": size}
+    dataset = load(data, split, root, **options)
+    if n is None or n >= len(dataset):
+        return dataset
+    return dataset.subset(torch.linspace(0, len(dataset) - 1, n).round().long().tolist())
+
+
+def parse_normalise(text: str | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return (mean, std) from ``imagenet`` or ``0.5,0.5,0.5/0.2,0.2,0.2``."""
+    if text is None or text == "imagenet":
+        return IMAGENET if text else None
+    try:
+        mean, std = (tuple(float(v) for v in part.split(",")) for part in text.split("/"))
+    except ValueError:
+        raise ValueError(f"--normalise {text!r}: 'imagenet' or MEAN,…/STD,… is needed") from None
+    return mean, std
+
+
+def certifier(method: str, setting: Setting, *, norm: str, eps: str, sigma: float, n_samples: int, alpha: float) -> Any:
+    """Return the certifier named ``method`` for the model of ``setting``."""
+    threat = parse_threat(norm, eps)
+    if method == "smoothing":
+        return Smoothing(setting.model, sigma, n_samples=n_samples, alpha=alpha)
+    if method == "interval":
+        return IntervalBounds(setting.model, threat)
+    if method in ("crown", "crown-ibp", "alpha-crown"):
+        return Crown(setting.model, threat, method=method)
+    if method == "lipschitz":
+        return LipschitzCertifier(setting.model, threat.name)
+    raise ValueError(f"--method {method!r}: choose smoothing, interval, crown, crown-ibp, alpha-crown or lipschitz")
+
+
+def choose_parts(
+    words: str, setting: Setting, *, norm: str, eps: str, version: str, profile: str | None, sigma: float
+) -> list[Any]:
+    """Return the parts of an evaluation from their names."""
+    threat = parse_threat(norm, eps)
+    height = setting.data.batch(range(1))["x"].shape[-2]
+    size_profile = "imagenet" if height >= 96 else "cifar" if height == 32 else "small"
+    builders = {
+        "clean": lambda: Clean(),
+        "calibration": lambda: Calibration(),
+        "adversarial": lambda: Adversarial(threat, version=version),
+        "curve": lambda: SecurityCurve(threat),
+        "corruptions": lambda: Corruptions(profile=profile or size_profile),
+        "certified": lambda: Certified(Smoothing(setting.model, sigma, n_samples=10_000)),
+        "translation": lambda: TranslationConsistency(),
+    }
+    names = [word.strip() for word in words.split(",") if word.strip()]
+    unknown = [name for name in names if name not in builders]
+    if unknown or not names:
+        raise ValueError(f"--parts {words!r}: choose from {', '.join(builders)}")
+    return [builders[name]() for name in names]
