@@ -102,6 +102,8 @@ class Threat(ABC):
             delta: (B, ...) changes.
             fill: lengthen shorter changes to ``eps`` as well (then cut at the domain).
         """
+        if fill and x.dtype == torch.float32:
+            return self._filled(x, delta.float())
         wide = delta.double()
         # The factor keeps the rounding of the float64 norm itself on the safe side.
         factor = self.eps * (1 - 1e-12) / self.norm(wide).clamp(min=1e-300)
@@ -109,6 +111,17 @@ class Threat(ABC):
             factor = factor.clamp(max=1.0)
         # Clamping moves every element towards x, so the norm cannot grow.
         return self.clamp(_round_towards(x, wide * _column(factor, wide)))
+
+    def _filled(self, x: Tensor, delta: Tensor) -> Tensor:
+        """Rescale to length ``eps`` without a float64 copy, for random searches that do little else.
+
+        The neighbour of ``x + step`` on the side of ``x`` is never farther than ``step``, however the sum was rounded; the
+        factor outweighs the rounding of ``step`` itself.
+        """
+        length = torch.linalg.vector_norm(_flat(delta), self.p, dim=1, dtype=torch.float64)
+        factor = (self.eps * (1 - 2.0**-21) / length.clamp(min=1e-300)).clamp(max=1e30).float()
+        near = torch.addcmul(x, delta, _column(factor, delta))
+        return self.clamp(torch.nextafter(near, x))
 
     @classmethod
     @abstractmethod

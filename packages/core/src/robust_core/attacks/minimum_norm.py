@@ -61,7 +61,7 @@ def record(
 def finish_record(problem: Problem, state: Rows, current: Tensor, *, minimise: bool) -> Tensor:
     """Return what the engine saw broken; elsewhere the nearest broken point, or ``current``, shortened to ``eps``.
 
-    Where ``minimise`` is asked for, the nearest point is first drawn towards the clean input, as far as it stays broken.
+    Where ``minimise`` is asked for, the nearest point is first drawn towards the clean input while it stays broken.
     """
     wide = (-1, *[1] * (current.ndim - 1))
     known = torch.isfinite(state["length"]).reshape(wide)

@@ -234,14 +234,14 @@ def _move_mass(problem: Problem, state: Rows, grid: _Grid, draw: _Draw) -> Tenso
         size[:, 2, None, None], draw.turned[:, None, None], rows[:, :, None], columns[:, None, :]
     ].to(work)[:, None]
 
-    def mass(part: Tensor, dims: tuple[int, ...] = (2, 3)) -> Tensor:
-        return (part.abs() if p == 1 else part.square()).sum(dims, keepdim=True)
+    def mass(part: Tensor) -> Tensor:
+        return (part.abs() if p == 1 else part.square()).sum((2, 3), keepdim=True)
 
     inside = torch.where(target, delta, 0)
-    old = inside / (mass(inside) ** (1 / p) + 1e-12)
-    new = torch.where(draw.up, pattern, -pattern) + old
-    unused = (problem.threat.eps**p - mass(delta, (1, 2, 3))).clamp(min=0)
-    free = (mass(torch.where(target | source, delta, 0)) + unused / delta.shape[1]) ** (1 / p)
-    new = new * (free / (mass(new) ** (1 / p) + 1e-12))
+    inside_mass = mass(inside)
+    unused = (problem.threat.eps**p - mass(delta).sum(1, keepdim=True)).clamp(min=0)
+    free = inside_mass + mass(torch.where(source & ~target, delta, 0)) + unused / delta.shape[1]
+    new = torch.addcmul(pattern * draw.up.mul(2).sub(1), inside, 1 / (inside_mass ** (1 / p) + 1e-12))
+    new = new * (free ** (1 / p) / (mass(new) ** (1 / p) + 1e-12))
     delta = torch.where(target, new, torch.where(source, 0, delta))
     return problem.threat.rescale(problem.x, delta.reshape(problem.x.shape), fill=True)
