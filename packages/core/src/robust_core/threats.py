@@ -115,7 +115,7 @@ class Threat(ABC):
     def _filled(self, x: Tensor, delta: Tensor) -> Tensor:
         """Rescale to length ``eps`` without a float64 copy, for random searches that do little else.
 
-        The neighbour of ``x + step`` on the side of ``x`` is never farther than ``step``, however the sum was rounded; the
+        The neighbour of ``x + step`` on the side of ``x`` is never farther than ``step``, however the sum rounds; the
         factor outweighs the rounding of ``step`` itself.
         """
         length = torch.linalg.vector_norm(_flat(delta), self.p, dim=1, dtype=torch.float64)
