@@ -117,9 +117,8 @@ class _Setting:
 
 
 def _setting(seed: int, scale: Scale) -> _Setting:
-    name, eps, epochs, sizes = (
-        ("digits", 0.15, 30, None) if scale == "quick" else ("fashion_mnist", 0.1, 15, (10_000, 2_000))
-    )
+    full = scale == "full"
+    name, eps, epochs = ("fashion_mnist", 0.1, 15) if full else ("digits", 0.15, 30)
     train, test = load(name, split="train"), load(name, split="test")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(derive(seed, "split")))
     if full:
