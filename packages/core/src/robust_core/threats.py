@@ -260,8 +260,10 @@ class L1(Threat):
         else:
             cap = torch.where(u >= 0, self.domain[1] - wide, wide - self.domain[0]).clamp(min=0)
             cap = torch.minimum(cap, size)  # beyond |u| a cap never binds
-        dual = _l1_dual(size, cap, radius.double()[:, None] * (1 - 1e-12))
-        kept = torch.minimum((size - dual[:, None]).clamp(min=0), cap)
+        limit = radius.double()[:, None] * (1 - 1e-12)
+        kept = torch.minimum((size - _l1_dual(size, cap, limit)[:, None]).clamp(min=0), cap)
+        # The dual carries the rounding of elements much larger than a small radius.
+        kept *= (limit / kept.sum(1, keepdim=True).clamp(min=1e-300)).clamp(max=1.0)
         return self.clamp(_round_towards(x, (u.sign() * kept).reshape(x.shape)))
 
     def random_start(self, x: Tensor, streams: SampleStreams, *, draw: int | Tensor = 0) -> Tensor:

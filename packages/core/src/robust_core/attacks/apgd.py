@@ -146,7 +146,7 @@ class APGD(IterativeAttack):
             "length": row,
         }
         if sparse:
-            return {**state, "share": row, "moved": row}
+            return {**state, "count": torch.ones_like(problem.y), "moved": torch.ones_like(problem.y)}
         return {**state, "old": start, "ups": row, "last_loss": row, "checked_loss": row, "halved": row > 0}
 
     def _sparse_start(self, problem: Problem, threat: L1) -> Tensor:
@@ -229,17 +229,22 @@ class APGD(IterativeAttack):
         first, check = plan.first[at], plan.check[at]
         eps = (threat.eps * plan.radius[at]).float()
         point = state["next"]
-        moved = (state["best"] != x).flatten(1).sum(1).float()
-        warm = first & (at > 0) if problem.init is None else first
-        sparser = check & (moved < _SPARSER * state["moved"])
-        state["share"] = torch.where(check | warm, moved / size / _REFINE, state["share"].masked_fill(first, _SHARE))
-        state["moved"] = torch.where(check | warm, moved, state["moved"].masked_fill(first, float(size)))
-        shorter = torch.maximum(state["length"] / _REFINE, eps / _SHORTEST)
-        state["length"] = torch.where(first | sparser, eps, torch.where(check, shorter, state["length"]))
+        sparser = check
+        if _any(check | first):
+            moved = (state["best"] != x).flatten(1).sum(1)
+            sparser = check & (moved < _SPARSER * state["moved"])
+            cold = first & (at == 0) if problem.init is None else torch.zeros_like(first)
+            fewer = (moved / _REFINE).long().clamp(min=1)  # rounded down, so that it goes on falling in low dimension
+            state["count"] = torch.where(check | first, fewer, state["count"])
+            state["moved"] = torch.where(check | first, moved, state["moved"])
+            state["count"] = state["count"].masked_fill(cold, math.ceil(_SHARE * size))
+            state["moved"] = state["moved"].masked_fill(cold, size)
+            shorter = torch.maximum(state["length"] / _REFINE, eps / _SHORTEST)
+            state["length"] = torch.where(check, shorter, state["length"])
+            state["length"] = torch.where(first | sparser, eps, state["length"])
         point = _choose(sparser, state["best"], point)
         gradient = _choose(sparser, state["best_gradient"], gradient)
-        count = size - ((1 - state["share"]) * size).long()
-        ahead = point + threat.spread(gradient, count) * _column(state["length"], point).to(point.dtype)
+        ahead = point + threat.spread(gradient, state["count"]) * _column(state["length"], point).to(point.dtype)
         # The next stage starts from the best point of this one, on the smaller ball.
         following = plan.first[state["evaluation"]] & ~first
         ahead = _choose(following, state["best"], ahead)
