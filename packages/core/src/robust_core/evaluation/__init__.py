@@ -1,0 +1,47 @@
+"""Measure a model, doubt the measurement, and show it to a person.
+
+``evaluate(model, data, threat=Linf(8 / 255)).save("report")`` writes ``result.json``, ``per_sample.npz`` and
+``report.html``. What is measured is composed of parts; metric definitions are pure functions in
+:mod:`robust_core.evaluation.metrics`.
+"""
+
+from robust_core.evaluation.evaluate import evaluate
+from robust_core.evaluation.invariant import InvariantError
+from robust_core.evaluation.metrics.estimate import Estimate
+from robust_core.evaluation.model_checks import ModelChecks, check_model
+from robust_core.evaluation.parts import (
+    Adversarial,
+    Calibration,
+    Certified,
+    Clean,
+    Corruptions,
+    OpenSet,
+    Part,
+    SecurityCurve,
+    Shift,
+    Summary,
+    TranslationConsistency,
+    reference_of,
+)
+from robust_core.evaluation.report import Report
+
+__all__ = [
+    "Adversarial",
+    "Calibration",
+    "Certified",
+    "Clean",
+    "Corruptions",
+    "Estimate",
+    "InvariantError",
+    "ModelChecks",
+    "OpenSet",
+    "Part",
+    "Report",
+    "SecurityCurve",
+    "Shift",
+    "Summary",
+    "TranslationConsistency",
+    "check_model",
+    "evaluate",
+    "reference_of",
+]

@@ -1,0 +1,148 @@
+"""The report as one self-contained HTML page that a person would show to a colleague.
+
+The page is made from the result document and the per-sample arrays alone, so a report read from disk gives the page it
+was saved with. No script, no remote asset (a content security policy in the page forbids both), colours for light and
+dark, text alternatives for every plot and picture. All text from the document is escaped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import BaseLoader, Environment, StrictUndefined, Template
+
+from robust_core.evaluation import sections as build
+from robust_core.evaluation.report import Report
+from robust_core.evaluation.sections import Section, Table, interval_text, number, percent
+
+__all__ = ["render"]
+
+_HOW = {
+    "clean": "add Clean()",
+    "adversarial": "add Adversarial(threat)",
+    "corruptions": "add Corruptions()",
+    "shift": "add Shift(…, baseline=…)",
+    "calibration": "add Calibration()",
+}
+_BUILDERS: dict[str, Callable[[Report, dict[str, Any]], Section]] = {
+    "clean": build.clean,
+    "adversarial": build.adversarial,
+    "security-curve": build.security_curve,
+    "certified": build.certified,
+    "corruptions": build.corruptions,
+    "calibration": build.calibration,
+    "shift": build.shift,
+    "open-set": build.open_set,
+    "translation": build.translation,
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """One of the five numbers."""
+
+    label: str
+    value: str
+    spread: str
+    how: str
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, loader=BaseLoader(), trim_blocks=True)
+    text = files("robust_core.evaluation").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(text)
+
+
+def render(report: Report) -> str:
+    """Return the page."""
+    document = report.document
+    sections = [_BUILDERS.get(part["kind"], build.other)(report, part) for part in report.parts()]
+    comparisons = build.invariant(report)
+    if comparisons is not None:
+        sections.append(comparisons)
+    parameters = document["details"]["parameters"]
+    return _template().render(
+        d=document,
+        parameters=f"{parameters:,}" if parameters else "",
+        threat_text=build.threat_text(document["threat"]),
+        cards=_cards(report),
+        clear_text=_clear_text(report),
+        sections=sections,
+        provenance=_provenance(report),
+        settings=_settings(report),
+        all_figures=_all_figures(report),
+    )
+
+
+def _cards(report: Report) -> list[Card]:
+    cards = []
+    for label, name, kind in report.headline():
+        if name is None:
+            cards.append(Card(label, "", "", _HOW[kind]))
+            continue
+        estimate = report[name]
+        signed = kind == "shift"
+        value = f"{100 * estimate.value:+.1f} pp" if signed else percent(estimate.value)
+        if kind == "calibration":
+            floor = report.figures.get(name.rpartition("/")[0] + "/ece_if_calibrated")
+            spread = "" if floor is None else f"{percent(floor.value)} would be chance alone"
+        else:
+            spread = interval_text(estimate) or f"n = {estimate.n:,}"
+        cards.append(Card(label, value, spread, ""))
+    return cards
+
+
+def _clear_text(report: Report) -> str:
+    done = ["eval mode", "rows independent of the batch", "logits rather than probabilities", "an input gradient"]
+    if report.parts("security-curve"):
+        done.append("a security curve that comes down to nothing")
+    if report.comparisons():
+        done.append("no certificate broken by an attack")
+    return f"Checked: {', '.join(done)}."
+
+
+def _provenance(report: Report) -> list[tuple[str, str]]:
+    d, details = report.document, report.document["details"]
+    rows = [
+        ("model", f"{d['model']}, SHA-256 {d['model_sha256'][:16]}…"),
+        ("data", f"{d['data']}, SHA-256 {d['data_sha256'][:16]}…"),
+        ("preprocessing", details["preprocessing"] or "none stated"),
+        ("input", f"{' × '.join(map(str, details['input_shape']))}, before normalisation"),
+        ("seed", f"{d['seed']}: streams belong to samples, figures do not depend on the batch size"),
+        ("device", d["device"]),
+        ("time", f"{d['seconds']:,.1f} s"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in d["versions"].items())),
+        ("files", "result.json (all figures), per_sample.npz (every sample, for paired tests)"),
+    ]
+    return [*rows, *(("note", note) for note in details["notes"])]
+
+
+def _settings(report: Report) -> Table:
+    rows = [
+        [p["name"], p["kind"], f"{p['n']:,}", f"{p['seconds']:.1f} s", _flat(p["settings"])] for p in report.parts()
+    ]
+    return Table(["part", "kind", "n", "time", "settings"], rows, numeric=(2, 3))
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        kind = value.get("type", "")
+        inner = ", ".join(f"{k}={_flat(v)}" for k, v in value.items() if k != "type" and v is not None)
+        return f"{kind}({inner})" if kind else inner
+    if isinstance(value, list):
+        return f"[{', '.join(map(_flat, value[:12]))}{', …' if len(value) > 12 else ''}]"
+    return number(value) if isinstance(value, float) else str(value)[:120]
+
+
+def _all_figures(report: Report) -> Table:
+    rows = [
+        [name, "–" if math.isnan(e.value) else number(e.value), interval_text(e, share=False), f"{e.n:,}"]
+        for name, e in report.figures.items()
+    ]
+    return Table(["figure", "value", "95 % interval", "n"], rows, numeric=(1, 2, 3))

@@ -1,0 +1,150 @@
+"""What an evaluation gives back: figures with intervals, red flags, per-sample arrays, files and a page."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robust_core.errors import UntrustedFileError
+from robust_core.evaluation.arrays import load_arrays, save_arrays
+from robust_core.evaluation.invariant import Comparison, check_invariant
+from robust_core.evaluation.metrics.estimate import Estimate
+from robust_core.evaluation.schema import check_document
+from robust_core.io import read_json, write_atomic, write_json
+
+__all__ = ["Report"]
+
+RESULT, PER_SAMPLE, PAGE = "result.json", "per_sample.npz", "report.html"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of one evaluation.
+
+    A report is checked whenever it is made, by :func:`evaluate` or from a file: its keys, and that no attack in it
+    breaks what a certificate in it protects.
+
+    Attributes:
+        document: the result document, see :mod:`robust_core.evaluation.schema`.
+        per_sample: ``<part>/<array>`` -> array whose first axis is the sample (examples and curves aside).
+    """
+
+    document: dict[str, Any]
+    per_sample: dict[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        check_document(self.document)
+        self.comparisons()
+
+    def __getitem__(self, name: str) -> Estimate:
+        """Return a figure, e.g. ``report["adversarial/accuracy"]``."""
+        figures = self.document["figures"]
+        if name not in figures:
+            raise KeyError(f"no figure {name!r}; there are {', '.join(sorted(figures)[:12])}, ...")
+        entry = figures[name]
+        interval = None if entry["interval"] is None else (entry["interval"][0], entry["interval"][1])
+        return Estimate(math.nan if entry["value"] is None else entry["value"], interval, entry["n"])
+
+    def __str__(self) -> str:
+        d = self.document
+        lines = [f"{d['model']} on {d['data']}, n={d['n']}, seed {d['seed']}, {d['device']}"]
+        for label, figure, _ in self.headline():
+            shown = "not measured" if figure is None else _shown(self[figure])
+            lines.append(f"  {label:<32} {shown}")
+        lines += [f"  FLAG: {flag}" for flag in self.flags]
+        return "\n".join(lines)
+
+    @property
+    def figures(self) -> dict[str, Estimate]:
+        """Name -> figure."""
+        return {name: self[name] for name in self.document["figures"]}
+
+    @property
+    def flags(self) -> list[str]:
+        """Reasons to distrust the figures."""
+        return list(self.document["flags"])
+
+    def parts(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """Return the descriptions of the parts, of one kind or all."""
+        return [p for p in self.document["details"]["parts"] if kind in (None, p["kind"])]
+
+    def arrays(self, part: str) -> dict[str, np.ndarray]:
+        """Return the per-sample arrays of a part, by short name."""
+        prefix = f"{part}/"
+        return {k[len(prefix) :]: v for k, v in self.per_sample.items() if k.startswith(prefix)}
+
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Compare certificates with attacks; see :func:`~robust_core.evaluation.invariant.check_invariant`."""
+        try:
+            return check_invariant(self.parts(), self.per_sample)
+        except (KeyError, IndexError, TypeError) as error:
+            raise UntrustedFileError(f"per-sample arrays and parts do not fit together: {error!r}") from error
+
+    def headline(self) -> list[tuple[str, str | None, str]]:
+        """Return the five numbers: (label, name of the figure or None, kind of the part that measures it)."""
+        wanted = (
+            ("clean accuracy", "clean", "accuracy"),
+            ("accuracy under attack", "adversarial", "accuracy"),
+            ("mean accuracy under corruption", "corruptions", "accuracy"),
+            ("effective robustness to shift", "shift", "effective_robustness"),
+            ("expected calibration error", "calibration", "ece"),
+        )
+        found: list[tuple[str, str | None, str]] = []
+        for label, kind, figure in wanted:
+            names = [f"{p['name']}/{figure}" for p in self.parts(kind)]
+            present = [name for name in names if name in self.document["figures"]]
+            if kind == "shift" and len(present) > 1:
+                present = ["mean_effective_robustness"]
+            found.append((label, present[0] if present else None, kind))
+        return found
+
+    def html(self) -> str:
+        """Return the report as one self-contained page: no script, no remote asset."""
+        from robust_core.evaluation.page import render
+
+        return render(self)
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write ``result.json``, ``per_sample.npz`` and ``report.html`` into a folder, each atomically."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_arrays(folder / PER_SAMPLE, self.per_sample)
+        write_atomic(folder / PAGE, self.html())
+        write_json(folder / RESULT, self.document)
+        return folder
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Report:
+        """Read a report written by :meth:`save`; the page is not read, it can be made again.
+
+        Raises:
+            UntrustedFileError: a file is damaged, hostile, or holds keys that do not belong there.
+            OSError: a file is missing.
+        """
+        folder = Path(directory)
+        document = check_document(read_json(folder / RESULT), source=str(folder / RESULT))
+        return cls(document, load_arrays(folder / PER_SAMPLE))
+
+
+def _shown(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return "undefined"
+    interval = estimate.interval
+    spread = "" if interval is None else f" [{interval[0]:.4f}, {interval[1]:.4f}]"
+    return f"{estimate.value:.4f}{spread} n={estimate.n}"
+
+
+def is_report(directory: Path) -> bool:
+    """Tell whether a folder holds a result."""
+    return (directory / RESULT).is_file()
+
+
+def merge(figures: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Return figures as JSON."""
+    return {name: estimate.as_json() for name, estimate in figures.items()}
