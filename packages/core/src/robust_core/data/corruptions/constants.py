@@ -47,6 +47,7 @@ NOT_MONOTONE = {
     "elastic_transform": "it changes its kind at severity 3",
     "frost": "it darkens the image while it brightens the frost, and the two changes offset each other",
     "frost_procedural": "as frost",
+    "fog": "at 224 px, severities 3 and 4 differ in the roughness of the mist only",
     "motion_blur": "at 32 px, severities 3 and 4 differ in a kernel tail of weight 1e-9 only",
 }
 """Corruptions whose distance from the clean image need not grow with severity, and why."""

@@ -23,7 +23,7 @@ def contrast(x: Tensor, c: tuple[float, ...], _: Draws, __: Setting) -> Tensor:
 
 
 def _affine_positions(draws: Draws, h: int, w: int, reach: float) -> tuple[Tensor, Tensor]:
-    """Return source rows and columns (B, H, W) of an affine map that moves three points by U(-reach, reach)."""
+    """Return source rows and columns (B, H, W) of an affine map; three points move by U(-reach, reach)."""
     centre, side = np.array([w // 2, h // 2]), min(h, w) // 3
     start = centre + side * np.array([[1, 1], [1, -1], [-1, -1]])
     source = torch.tensor(start, dtype=torch.float64, device=draws.device)
@@ -39,8 +39,7 @@ def _affine_positions(draws: Draws, h: int, w: int, reach: float) -> tuple[Tenso
 
 
 def elastic_transform(x: Tensor, c: tuple[float, ...], draws: Draws, setting: Setting) -> Tensor:
-    """Random affine map (three points by U(-c2, c2)), then displacement c0 Gaussian(U(-1, 1), c1), both
-    bilinear.
+    """Random affine map (three points by U(-c2, c2)), then displacement c0 Gaussian(U(-1, 1), c1).
 
     The constants are shares of the side; the original code takes 244 for 224 (``parity=True``).
     """
@@ -59,7 +58,7 @@ def elastic_transform(x: Tensor, c: tuple[float, ...], draws: Draws, setting: Se
 
 @lru_cache(maxsize=64)
 def _box_rows(n: int, m: int) -> tuple[Tensor, Tensor]:
-    """Return first row and number of rows of each of ``m`` boxes over ``n`` pixels, by Pillow's rule."""
+    """Return the first row and the height of each of ``m`` boxes over ``n`` rows, by Pillow's rule."""
     step = n / m
     edges = [(int((i + 0.5) * step - step / 2 + 0.5), int((i + 0.5) * step + step / 2 + 0.5)) for i in range(m)]
     first, last = torch.tensor(edges).T
