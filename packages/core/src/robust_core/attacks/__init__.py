@@ -2,20 +2,25 @@
 
 from robust_core.attacks.apgd import APGD, TargetedAPGD
 from robust_core.attacks.autoattack import AutoAttack, AutoAttackResult
+from robust_core.attacks.carlini_wagner import CarliniWagner
 from robust_core.attacks.engine import Attack, AttackResult
 from robust_core.attacks.fab import FAB
 from robust_core.attacks.pgd import FGSM, PGD
 from robust_core.attacks.square import Square
+from robust_core.attacks.zeroth_order import ArrayModel, ZerothOrder
 
 __all__ = [
     "APGD",
     "FAB",
     "FGSM",
     "PGD",
+    "ArrayModel",
     "Attack",
     "AttackResult",
     "AutoAttack",
     "AutoAttackResult",
+    "CarliniWagner",
     "Square",
     "TargetedAPGD",
+    "ZerothOrder",
 ]

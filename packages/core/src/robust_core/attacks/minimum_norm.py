@@ -19,9 +19,9 @@ _HALVINGS = 10
 
 def begin_record(problem: Problem) -> Rows:
     """Return the record of fresh rows: clean logits, nearest broken point and its distance (inf: none yet)."""
-    n = len(problem.x)
+    n, known = len(problem.x), problem.context.get("clean_logits")
     return {
-        "clean": problem.logits(problem.x),
+        "clean": problem.logits(problem.x) if known is None else known,
         "nearest": problem.x.clone(),
         "length": torch.full((n,), torch.inf, dtype=torch.float64, device=problem.x.device),
     }
