@@ -2,4 +2,15 @@
 
 from robust_core.methods import MethodCard
 
-CARDS: tuple[MethodCard, ...] = ()
+CARDS: tuple[MethodCard, ...] = (
+    MethodCard(
+        slug="comp-sum-losses",
+        title="Comp-sum losses and their smooth adversarial form",
+        paper="Mao, Mohri and Zhong 2023, arXiv 2304.07288",
+        kind="objective",
+        task="classification",
+        target="robust_core.losses:SmoothAdvCompSumLoss",
+        example="robust_core._examples:comp_sum_losses",
+        claim="robust_core.claims.comp_sum_losses",
+    ),
+)

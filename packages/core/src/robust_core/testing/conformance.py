@@ -238,7 +238,7 @@ def objective_works_in_any_loop(case: Case) -> None:
         optimiser.step()
         if hasattr(objective, "after_step"):
             objective.after_step(model, step)
-        values.append(float(loss.total))
+        values.append(float(loss.total.detach()))
     _require(all(torch.isfinite(torch.tensor(values))), f"losses {values} are not finite")
     _require(min(values[1:]) < values[0], f"six steps on one batch did not lower the loss: {values}")
 
