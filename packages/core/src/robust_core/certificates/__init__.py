@@ -1,5 +1,11 @@
 """Certifiers: ``certifier.certify(x, y=None) -> Certificate``; what is not proved is never called certified."""
 
+from robust_core.certificates.mixed import (
+    certify_mixed_lipschitz,
+    certify_mixed_smoothing,
+    mixed_certificate,
+    smoothed_lipschitz,
+)
 from robust_core.certificates.result import ABSTAIN, About, Certificate, Certifier, Status
 from robust_core.certificates.sequential import crossing_boundary, crossing_probability
 from robust_core.certificates.smoothed import SmoothedClassifier, SmoothingState
@@ -33,6 +39,8 @@ __all__ = [
     "anytime_lower",
     "anytime_upper",
     "binomial_p_value",
+    "certify_mixed_lipschitz",
+    "certify_mixed_smoothing",
     "clopper_pearson",
     "clopper_pearson_lower",
     "clopper_pearson_upper",
@@ -42,8 +50,10 @@ __all__ = [
     "family_alpha",
     "hoeffding_lower",
     "hoeffding_upper",
+    "mixed_certificate",
     "normal_cdf_upper",
     "normal_quantile_lower",
     "normal_quantile_upper",
+    "smoothed_lipschitz",
     "split_alpha",
 ]

@@ -6,6 +6,7 @@ then only sees counts. Stopping *without* a claim is always sound; every claim d
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -103,8 +104,7 @@ class FixedPlan(Plan):
     def __init__(self, n: int, alpha: float, give_up: float) -> None:
         super().__init__(_coarse(n, 2), chunk_sizes(n), "smoothing/estimation")
         self.alpha = alpha
-        bounds = np.asarray(clopper_pearson_lower(np.arange(n // 2, n + 1), n, alpha))
-        least = n // 2 + int(np.count_nonzero(bounds <= 0.5))
+        least = bisect_left(range(n + 1), True, key=lambda k: bool(clopper_pearson_lower(k, n, alpha) > 0.5))
         self.hopeless = _halting(self.looks, least, give_up)
 
     def look(self, i: int, rows: np.ndarray, evidence: Evidence) -> None:

@@ -22,6 +22,8 @@ __all__ = ["CHUNK", "NoisyPasses", "Segment", "chunk_sizes", "fine_chunk_sizes",
 
 CHUNK = 256
 """Noisy copies drawn from one stream, at most."""
+PACK, PACK_NUMBERS = 4096, 2**19
+"""Noisy copies, and numbers in them, that are drawn at a time (batches that are larger take their own size)."""
 
 
 class Segment(NamedTuple):
@@ -56,7 +58,8 @@ class NoisyPasses:
         index: (B,) positions in the original data set; they name the streams.
         seed: seed of the run.
         sigma: standard deviation of the noise.
-        batch_size: samples in one pass of the model, rounded up to a multiple of 8 of at least 16.
+        batch_size: samples in one pass of the model, rounded up to a multiple of 8 of at least 16; by default 256,
+            which caches hold, or 1024 on accelerators.
         quantise_bits: round the sum ``x + noise`` to multiples of ``1 / (2**bits - 1)``.
     """
 
@@ -68,15 +71,16 @@ class NoisyPasses:
         *,
         seed: int,
         sigma: float,
-        batch_size: int,
+        batch_size: int | None,
         quantise_bits: int | None = None,
     ) -> None:
         self.model, self.x, self.seed, self.sigma = model, x, seed, sigma
         self.index: list[int] = index.tolist()
-        self.batch_size = _whole(batch_size)
+        self.batch_size = _whole(batch_size or (256 if x.device.type == "cpu" else 1024))
         self.levels = None if quantise_bits is None else 2**quantise_bits - 1
         self.forwards = 0
-        self._capacity = max(self.batch_size, CHUNK)
+        # Votes are counted pack by pack: several batches of small inputs, to spend less time between them.
+        self._capacity = max(self.batch_size, CHUNK, min(PACK, PACK_NUMBERS // x[0].numel()))
         self._buffer: Tensor | None = None
 
     def run(self, purpose: str, work: Iterable[Segment]) -> Iterator[tuple[list[Segment], Tensor, Tensor]]:
