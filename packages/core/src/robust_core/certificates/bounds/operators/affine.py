@@ -1,0 +1,274 @@
+"""Fully connected and convolutional layers, and elementwise scales and shifts (normalisation, constants)."""
+
+# ruff: noqa: D102 - operators are documented by their base class
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from robust_core.certificates.bounds.box import Ball, Box, Rounding, down, up
+from robust_core.certificates.bounds.operators.base import Affine, Getter, Shape, adjoint
+
+__all__ = ["Convolution", "Dense", "Scale", "TransposedConvolution"]
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+class _Weighted(Affine):
+    """A layer with a weight and perhaps a bias, read anew at each use so that training may go on."""
+
+    dense = True
+
+    def __init__(
+        self, label: str, in_shapes: Sequence[Shape], shape: Shape, weight: Getter, bias: Getter | None
+    ) -> None:
+        super().__init__(label, in_shapes, shape)
+        self.weight = weight
+        self._bias = bias
+        self._known: tuple[Tensor, int, Tensor] | None = None
+
+    def absolute_weight(self) -> Tensor:
+        """Return |W|, kept between calls while W is the same and needs no gradient."""
+        weight = self.weight()
+        if weight.requires_grad and torch.is_grad_enabled():
+            return weight.abs()
+        if self._known is None or self._known[0] is not weight or self._known[1] != weight._version:
+            self._known = (weight, weight._version, weight.detach().abs())
+        return self._known[2]
+
+    def bias_shape(self) -> Shape:
+        """Return how the bias broadcasts to the output."""
+        return (-1, *[1] * (len(self.shape) - 1))
+
+    def bias(self) -> Tensor | None:
+        return None if self._bias is None else self._bias().reshape(self.bias_shape())
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.map(x, self.weight())
+
+    def apply_absolute(self, x: Tensor) -> Tensor:
+        return self.map(x, self.absolute_weight())
+
+    def map(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the layer with another weight and no bias."""
+        raise TypeError(f"{type(self).__name__} has no rule")
+
+    def follow_ball(self, boxes: Sequence[Box], result: Box, rounding: Rounding | None) -> Box:
+        """Intersect with the bound from the norms of the rows: one standard deviation, so to speak."""
+        ball = boxes[0].ball
+        if ball is None:
+            return result
+        point = self.evaluate(ball.point)
+        reach = self.map(ball.spread.square(), self.weight().square()).clamp(min=0).sqrt()
+        if rounding is None:
+            return result.intersect(point - reach, point + reach)
+        error = self.error(boxes, rounding)
+        reach = reach * (1 + 1e-9) + self.apply_absolute(ball.slack) * (1 + 1e-9)
+        reach = reach if error is None else reach + error * (1 + 1e-9)
+        return result.intersect(down(point - reach), up(point + reach))
+
+
+class Dense(_Weighted):
+    """``x W^T + b`` on the last axis."""
+
+    @property
+    def terms(self) -> int:
+        return self.in_shapes[0][-1]
+
+    def bias_shape(self) -> Shape:
+        return (-1,)
+
+    def map(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def transpose(self, rows: Tensor) -> Tensor:
+        return rows @ self.weight()
+
+    def gain(self) -> float:
+        return float(self.absolute_weight().sum(1).max())
+
+
+class Convolution(_Weighted):
+    """Convolution in one to three dimensions, with every stride, dilation, grouping and padding mode.
+
+    Args:
+        weight: returns (out, in / groups, *kernel).
+        stride: one number for each dimension.
+        padding: (before, after) for each dimension, the last dimension first, as ``F.pad`` takes it.
+        dilation: one number for each dimension.
+        groups: number of groups.
+        mode: ``"constant"`` (zeros), ``"reflect"``, ``"replicate"`` or ``"circular"``.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        in_shapes: Sequence[Shape],
+        shape: Shape,
+        weight: Getter,
+        bias: Getter | None,
+        *,
+        stride: Shape,
+        padding: Shape,
+        dilation: Shape,
+        groups: int,
+        mode: str = "constant",
+    ) -> None:
+        super().__init__(label, in_shapes, shape, weight, bias)
+        self.stride, self.padding, self.dilation, self.groups, self.mode = stride, padding, dilation, groups, mode
+        self.dims = len(stride)
+        pairs = list(zip(padding[::2], padding[1::2], strict=True))[::-1]
+        self.even = mode == "constant" and all(before == after for before, after in pairs)
+        self.inner_padding = tuple(before for before, _ in pairs) if self.even else (0,) * self.dims
+
+    @property
+    def terms(self) -> int:
+        return math.prod(self.weight().shape[1:])
+
+    def _pad(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.padding, mode=self.mode)
+
+    def map(self, x: Tensor, weight: Tensor) -> Tensor:
+        x = x if self.even else self._pad(x)
+        return _CONVOLVE[self.dims](x, weight, None, self.stride, self.inner_padding, self.dilation, self.groups)
+
+    def _padded_shape(self) -> Shape:
+        before_after = zip(self.padding[::2], self.padding[1::2], strict=True)
+        grown = [a + b for a, b in before_after][::-1]
+        channels, *spatial = self.in_shapes[0]
+        return (channels, *(size + more for size, more in zip(spatial, grown, strict=True)))
+
+    def transpose(self, rows: Tensor) -> Tensor:
+        weight = self.weight()
+        target = self.in_shapes[0] if self.even else self._padded_shape()
+        extra = tuple(
+            target[1 + i]
+            - ((self.shape[1 + i] - 1) * self.stride[i] - 2 * self.inner_padding[i])
+            - self.dilation[i] * (weight.shape[2 + i] - 1)
+            - 1
+            for i in range(self.dims)
+        )
+        pulled = _TRANSPOSED[self.dims](
+            rows, weight, None, self.stride, self.inner_padding, extra, self.groups, self.dilation
+        )
+        if self.even:
+            return pulled
+        return adjoint(self._pad, self.in_shapes[0], pulled)
+
+    def gain(self) -> float:
+        return float(self.absolute_weight().flatten(1).sum(1).max())
+
+
+class TransposedConvolution(_Weighted):
+    """Transposed convolution; its transpose is a convolution."""
+
+    def __init__(
+        self,
+        label: str,
+        in_shapes: Sequence[Shape],
+        shape: Shape,
+        weight: Getter,
+        bias: Getter | None,
+        *,
+        stride: Shape,
+        padding: Shape,
+        output_padding: Shape,
+        dilation: Shape,
+        groups: int,
+    ) -> None:
+        super().__init__(label, in_shapes, shape, weight, bias)
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.output_padding = output_padding
+        self.dims = len(stride)
+
+    @property
+    def terms(self) -> int:
+        weight = self.weight()
+        return weight.shape[0] // self.groups * math.prod(weight.shape[2:])
+
+    def map(self, x: Tensor, weight: Tensor) -> Tensor:
+        return _TRANSPOSED[self.dims](
+            x, weight, None, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        )
+
+    def transpose(self, rows: Tensor) -> Tensor:
+        pulled = _CONVOLVE[self.dims](rows, self.weight(), None, self.stride, self.padding, self.dilation, self.groups)
+        return pulled[(..., *(slice(size) for size in self.in_shapes[0][1:]))]
+
+    def gain(self) -> float:
+        # Each tap reaches an output element at most once: the sum over all taps bounds every row.
+        return (
+            float(self.absolute_weight().sum(0).flatten(1).sum(1).max())
+            if self.groups == 1
+            else float(self.absolute_weight().sum())
+        )
+
+
+class Scale(Affine):
+    """``a * x + b`` element by element: batch normalisation in eval mode, normalisation, constants.
+
+    Args:
+        parts: returns ``(a, b, size of b)``, each broadcastable to the output shape; the size bounds the
+            intermediate results of whatever computes ``b``. ``a`` or ``b`` is None where there is none.
+        roundings: how many roundings an evaluation does on the way, generously.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        in_shapes: Sequence[Shape],
+        shape: Shape,
+        parts: Callable[[], tuple[Tensor | None, Tensor | None, Tensor | None]],
+        *,
+        roundings: int = 12,
+    ) -> None:
+        super().__init__(label, in_shapes, shape)
+        self.parts = parts
+        self._terms = roundings
+
+    @property
+    def terms(self) -> int:
+        return self._terms
+
+    def _spread_out(self, x: Tensor) -> Tensor:
+        """Broadcast over axes that the constants add."""
+        return x if x.shape[1:] == self.shape else x.expand(len(x), *self.shape)
+
+    def apply(self, x: Tensor) -> Tensor:
+        scale = self.parts()[0]
+        return self._spread_out(x if scale is None else x * scale)
+
+    def apply_absolute(self, x: Tensor) -> Tensor:
+        scale = self.parts()[0]
+        return self._spread_out(x if scale is None else x * scale.abs())
+
+    def transpose(self, rows: Tensor) -> Tensor:
+        scale = self.parts()[0]
+        return rows if scale is None else rows * scale
+
+    def bias(self) -> Tensor | None:
+        return self.parts()[1]
+
+    def bias_size(self) -> Tensor | None:
+        return self.parts()[2]
+
+    def gain(self) -> float:
+        scale = self.parts()[0]
+        return 1.0 if scale is None else max(1.0, float(scale.abs().max()))
+
+    def follow_ball(self, boxes: Sequence[Box], result: Box, rounding: Rounding | None) -> Box:
+        """Carry the ball along: it stays an ellipsoid with the same axes."""
+        ball = boxes[0].ball
+        if ball is not None:
+            slack = self.apply_absolute(ball.slack)
+            if rounding is not None:
+                error = self.error(boxes, rounding)
+                slack = slack * (1 + 1e-9) if error is None else (slack + error) * (1 + 1e-9)
+            spread = self.apply_absolute(ball.spread) * (1 + 1e-14)
+            result.ball = Ball(self.evaluate(ball.point), spread, slack)
+        return result

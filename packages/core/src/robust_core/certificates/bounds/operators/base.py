@@ -1,0 +1,167 @@
+"""What an operator must know to be bounded: its value, its box, its linear relaxation and its rounding.
+
+Shapes: a value is (B, *shape); linear coefficients are (B, R, *shape), R rows for each sample.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from robust_core.certificates.bounds.box import Box, Rounding
+
+__all__ = ["Affine", "Getter", "Operator", "Shape", "adjoint", "contract"]
+
+Shape = tuple[int, ...]
+Getter = Callable[[], Tensor]
+
+
+def contract(rows: Tensor, values: Tensor) -> Tensor:
+    """Return (B, R): the inner products of rows (B, R, *shape) with values (B, *shape) or (*shape)."""
+    flat = rows.flatten(2)
+    if values.ndim == rows.ndim - 2:
+        return flat @ values.flatten()
+    return torch.bmm(flat, values.flatten(1).unsqueeze(2)).squeeze(2)
+
+
+def adjoint(f: Callable[[Tensor], Tensor], shape: Shape, rows: Tensor) -> Tensor:
+    """Return the transpose of the linear map ``f`` on inputs (*shape), applied to rows (N, *output shape)."""
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        x = rows.new_zeros((len(rows), *shape)).requires_grad_(True)
+        (result,) = torch.autograd.grad(f(x), x, rows, create_graph=differentiable)
+    return result
+
+
+class Operator(ABC):
+    """One node of the network.
+
+    Attributes:
+        label: how messages name it: its kind and where it stands.
+        in_shapes: shapes of its inputs, without the batch.
+        shape: shape of its output, without the batch.
+    """
+
+    linear: ClassVar[bool] = False
+    dense: ClassVar[bool] = False
+
+    def __init__(self, label: str, in_shapes: Sequence[Shape], shape: Shape) -> None:
+        self.label = label
+        self.in_shapes = tuple(in_shapes)
+        self.shape = shape
+
+    @property
+    def size(self) -> int:
+        """Number of output elements."""
+        return int(torch.Size(self.shape).numel())
+
+    @abstractmethod
+    def evaluate(self, *values: Tensor) -> Tensor:
+        """Return the value."""
+
+    @abstractmethod
+    def interval(self, boxes: Sequence[Box], rounding: Rounding | None) -> Box:
+        """Return a box of the output; with ``rounding``, of every evaluation in that arithmetic."""
+
+    @abstractmethod
+    def backward(
+        self, rows: Tensor, boxes: Sequence[Box], slopes: Tensor | None, rounding: Rounding | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Pull coefficients of a lower bound back to the inputs.
+
+        Returns:
+            coefficients (B, R, *in_shape) for each input, and (B, R) constants or None, such that
+            ``rows . output >= sum(coefficients . inputs) + constants`` on the boxes.
+        """
+
+    def error(self, boxes: Sequence[Box], rounding: Rounding) -> Tensor | None:
+        """Return (B, *shape): what rounding can add to one output element, in a pass of the user and in ours.
+
+        If ``e`` is this tensor, ``|rows| . e`` makes up for the rounding of the forward pass in the user's
+        arithmetic and of :meth:`backward` in float64. None: neither rounds.
+        """
+        return None
+
+
+class Affine(Operator):
+    """``y = W x + b``: all that differs between linear layers is how W, |W| and their transposes are applied."""
+
+    linear = True
+
+    @property
+    @abstractmethod
+    def terms(self) -> int:
+        """The number of products in the longest sum that makes up one output element."""
+
+    @abstractmethod
+    def apply(self, x: Tensor) -> Tensor:
+        """Return W x."""
+
+    @abstractmethod
+    def apply_absolute(self, x: Tensor) -> Tensor:
+        """Return |W| x."""
+
+    @abstractmethod
+    def transpose(self, rows: Tensor) -> Tensor:
+        """Return W^T applied to rows (N, *shape): (N, *in_shape)."""
+
+    def bias(self) -> Tensor | None:
+        """Return b, broadcastable to the output shape."""
+        return None
+
+    def bias_size(self) -> Tensor | None:
+        """Return a bound of |b| and of the intermediate results that make it."""
+        bias = self.bias()
+        return None if bias is None else bias.abs()
+
+    @abstractmethod
+    def gain(self) -> float:
+        """Return the largest absolute row sum of W."""
+
+    def _plus(self, value: Tensor, bias: Tensor | None) -> Tensor:
+        return value if bias is None else value + bias
+
+    def evaluate(self, *values: Tensor) -> Tensor:  # noqa: D102
+        return self._plus(self.apply(values[0]), self.bias())
+
+    def interval(self, boxes: Sequence[Box], rounding: Rounding | None) -> Box:
+        """Centre through W, radius through |W|; rounding costs a vector operation, no further product."""
+        box = boxes[0]
+        centre = self._plus(self.apply(box.centre), self.bias())
+        if rounding is None:
+            result = Box.around(centre, self.apply_absolute(box.radius), outward=False)
+            return self.follow_ball(boxes, result, None)
+        gamma = rounding.gamma(self.terms + 8)
+        size = box.centre.abs()
+        radius = self.apply_absolute(box.radius + gamma * (2 * size + box.radius))
+        bias = self.bias_size()
+        if bias is not None:
+            radius = radius + 2 * gamma * bias
+        radius = (1 + 2 * gamma) * radius + (self.terms + 8) * 2 * rounding.tiny
+        # Partial sums must not overflow in the user's arithmetic, in whatever order they are formed.
+        peak = (size + box.radius).flatten(1).amax(1) * self.gain()
+        peak = peak if bias is None else peak + bias.max()
+        peak = peak.reshape(-1, *[1] * (radius.ndim - 1))
+        radius = torch.where(peak < rounding.largest / 4, radius, torch.inf)
+        return self.follow_ball(boxes, Box.around(centre, radius, outward=True), rounding)
+
+    def follow_ball(self, boxes: Sequence[Box], result: Box, rounding: Rounding | None) -> Box:
+        """Return ``result``, tightened or annotated by what is known of a ball at the input."""
+        return result
+
+    def backward(  # noqa: D102
+        self, rows: Tensor, boxes: Sequence[Box], slopes: Tensor | None, rounding: Rounding | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        bias = self.bias()
+        constant = None if bias is None else contract(rows, bias.expand(self.shape))
+        pulled = self.transpose(rows.flatten(0, 1))
+        return [pulled.unflatten(0, rows.shape[:2])], constant
+
+    def error(self, boxes: Sequence[Box], rounding: Rounding) -> Tensor | None:  # noqa: D102
+        n = self.terms + 8
+        size = self._plus(self.apply_absolute(boxes[0].magnitude), self.bias_size())
+        return (rounding.gamma(n) + rounding.gamma_wide(n + self.size + 8)) * size + 2 * n * rounding.tiny
