@@ -18,6 +18,7 @@ from robust_core.losses.dro import (
     kl_dro_value,
     kl_dro_weights,
     kl_to_uniform,
+    log_moving_mean,
 )
 
 seeds = st.integers(0, 10**6)
@@ -195,6 +196,17 @@ def test_the_tracked_mean_is_the_naive_recursion_started_at_the_first_batch():
     assert torch.equal(loss.log_u, before)
     loss.train()
     assert torch.equal(loss(losses), twin(losses))
+
+
+def test_moving_means_of_exponentials_survive_any_exponent():
+    state, new = torch.tensor([2.0, 1e4, -1e4]), torch.tensor([1.0, -1e4, 1e4])
+    for share in (0.1, 0.8, 1.0):
+        moved = log_moving_mean(state, new, share)
+        assert bool(torch.isfinite(moved).all())
+        expected = math.log((1 - share) * math.exp(2) + share * math.exp(1))
+        assert float(moved[0]) == pytest.approx(expected, rel=1e-6)
+        assert float(moved[2]) == pytest.approx(1e4, abs=3)
+    assert torch.equal(log_moving_mean(state, new, 1.0), new)
 
 
 def test_clipping_is_counted_and_batches_normalise():

@@ -36,6 +36,7 @@ from robust_core.losses.dro import (
     kl_dro_value,
     kl_dro_weights,
     kl_to_uniform,
+    log_moving_mean,
 )
 from robust_core.losses.h_consistency import (
     adversarial_constant,
@@ -84,6 +85,7 @@ __all__ = [
     "kl_dro_value",
     "kl_dro_weights",
     "kl_to_uniform",
+    "log_moving_mean",
     "log_odds",
     "margin",
     "margin_drift",

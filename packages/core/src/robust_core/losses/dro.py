@@ -48,6 +48,7 @@ __all__ = [
     "kl_dro_value",
     "kl_dro_weights",
     "kl_to_uniform",
+    "log_moving_mean",
 ]
 
 _HALVINGS = 60
@@ -223,6 +224,18 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     return weights.sum(-1).square() / weights.square().sum(-1)
 
 
+def log_moving_mean(log_state: Tensor, log_new: Tensor, share: float) -> Tensor:
+    """Return ``log((1 - share) state + share new)`` from logarithms: a moving mean of exponentials cannot overflow.
+
+    Args:
+        log_state: any shape.
+        log_new: the same.
+        share: of the new value, in (0, 1].
+    """
+    keep = math.log1p(-share) if share < 1 else -math.inf
+    return torch.logaddexp(log_state + keep, log_new + math.log(share))
+
+
 class KLDROLoss(nn.Module):
     """KL-regularised DRO over the whole data set from mini-batches.
 
@@ -287,8 +300,7 @@ class KLDROLoss(nn.Module):
     def _track(self, log_mean: Tensor) -> Tensor:
         if self.normalize == "batch":
             return log_mean
-        keep = math.log1p(-self.ema) if self.ema < 1 else -math.inf
-        moved = torch.logaddexp(self.log_u + keep, log_mean + math.log(self.ema))
+        moved = log_moving_mean(self.log_u, log_mean, self.ema)
         log_u = torch.where(self.batches == 0, log_mean, moved if self.training else self.log_u)
         if self.training:
             self.log_u, self.batches = log_u, self.batches + 1
