@@ -13,4 +13,13 @@ CARDS: tuple[MethodCard, ...] = (
         example="robust_core._examples:comp_sum_losses",
         claim="robust_core.claims.comp_sum_losses",
     ),
+    MethodCard(
+        slug="randomized-smoothing",
+        title="Randomized smoothing with early stopping",
+        paper="Cohen, Rosenfeld and Kolter 2019, arXiv 1902.02918",
+        kind="certifier",
+        task="classification",
+        target="robust_core.certificates:Smoothing",
+        example="robust_core._examples:randomized_smoothing",
+    ),
 )
