@@ -5,6 +5,7 @@
 :mod:`robust_core.evaluation.metrics`.
 """
 
+from robust_core.evaluation.compare import Comparison, IncomparableError, Leaderboard, compare
 from robust_core.evaluation.evaluate import evaluate
 from robust_core.evaluation.invariant import InvariantError
 from robust_core.evaluation.metrics.estimate import Estimate
@@ -30,9 +31,12 @@ __all__ = [
     "Calibration",
     "Certified",
     "Clean",
+    "Comparison",
     "Corruptions",
     "Estimate",
+    "IncomparableError",
     "InvariantError",
+    "Leaderboard",
     "ModelChecks",
     "OpenSet",
     "Part",
@@ -42,6 +46,7 @@ __all__ = [
     "Summary",
     "TranslationConsistency",
     "check_model",
+    "compare",
     "evaluate",
     "reference_of",
 ]

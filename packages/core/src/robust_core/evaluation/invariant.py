@@ -91,8 +91,8 @@ def check_invariant(parts: Sequence[Mapping[str, Any]], per_sample: Mapping[str,
             shown = ", ".join(map(str, comparison.violations[:10]))
             raise InvariantError(
                 f"{comparison.attacked!r} broke {len(comparison.violations)} of {comparison.n} samples that "
-                f"{comparison.certified!r} certifies at that distance (at most {comparison.limit} can be chance): samples "
-                f"{shown}. The certificate is unsound, or the two speak of different functions"
+                f"{comparison.certified!r} certifies at that distance (at most {comparison.limit} can be chance): "
+                f"samples {shown}. The certificate is unsound, or the two speak of different functions"
             )
     return tuple(found)
 

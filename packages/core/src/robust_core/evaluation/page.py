@@ -87,13 +87,14 @@ def _cards(report: Report) -> list[Card]:
             cards.append(Card(label, "", "", _HOW[kind]))
             continue
         estimate = report[name]
-        signed = kind == "shift"
-        value = f"{100 * estimate.value:+.1f} pp" if signed else percent(estimate.value)
+        value, spread = percent(estimate.value), interval_text(estimate)
+        if kind == "shift":
+            value, spread = build.points(estimate), build.points_interval(estimate)
         if kind == "calibration":
             floor = report.figures.get(name.rpartition("/")[0] + "/ece_if_calibrated")
             spread = "" if floor is None else f"{percent(floor.value)} would be chance alone"
-        else:
-            spread = interval_text(estimate) or f"n = {estimate.n:,}"
+        if estimate.n != report.document["n"]:
+            spread = f"{spread} n = {estimate.n:,}".strip()
         cards.append(Card(label, value, spread, ""))
     return cards
 

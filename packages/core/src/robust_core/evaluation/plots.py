@@ -200,7 +200,9 @@ def reliability_diagram(diagram: Reliability) -> Figure:
     x, y = diagram.confidence[full], diagram.accuracy[full]
     axes.vlines(x, np.minimum(x, y), np.maximum(x, y), color=WARM, linewidth=1.4, alpha=0.75)
     size = 14 + 160 * diagram.count[full] / max(1, diagram.count.sum())
-    axes.scatter(x, y, s=size, color=ACCENT, edgecolors=PAPER, linewidths=0.8, zorder=3, label="a bin of predictions")
+    axes.scatter(
+        x, y, s=size, color=ACCENT, edgecolors=PAPER, linewidths=0.8, zorder=3, clip_on=False, label="predictions"
+    )
     _percent(axes, x=True)
     axes.set_xlabel("stated confidence")
     axes.set_ylabel("accuracy")
@@ -273,7 +275,11 @@ def shift_scatter(points: Sequence[tuple[str, float, float]], *, baseline: Basel
             color=INK,
             fontsize=8,
         )
+    seen = [v for _, a, b in points for v in (a, b)] + [*(baseline.acc_id + baseline.acc_shift if baseline else ())]
+    low_end = max(0.0, np.floor(10 * (min(seen, default=0.0) - 0.05)) / 10)
     _percent(axes, x=True)
+    axes.set_xlim(low_end, 1.01)
+    axes.set_ylim(low_end, 1.01)
     axes.set_xlabel("accuracy in distribution")
     axes.set_ylabel("accuracy under the shift")
     _legend(axes, loc="upper left")

@@ -165,9 +165,7 @@ class Run:
         text = json.dumps([*parts, kept], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _stream(
-        self, key: str, identity: str, data: Dataset, measure: Callable[[Batch], Measured], size: int
-    ) -> Table:
+    def _stream(self, key: str, identity: str, data: Dataset, measure: Callable[[Batch], Measured], size: int) -> Table:
         folder = None
         if self.resume is not None:
             folder = self.resume / f"{''.join(c if c.isalnum() else '-' for c in key)[:60]}-{identity[:16]}"
@@ -229,28 +227,30 @@ def _write(path: Path, identity: str, measured: Measured) -> None:
 
 def describe(value: Any, depth: int = 8) -> Any:
     """Return JSON that identifies settings: dataclasses field by field, networks and tensors by their hash."""
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else str(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Threat | Enum):
+        return str(value)
     if depth == 0:
         return type(value).__qualname__
-    if isinstance(value, Threat):
-        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): describe(v, depth - 1) for k, v in value.items()}
+    if isinstance(value, tuple | list | set | frozenset | range):
+        return [describe(v, depth - 1) for v in value]
+    return _identify(value, depth)
+
+
+def _identify(value: Any, depth: int) -> Any:
     if isinstance(value, Dataset):
         return {"data": value.name, "sha256": value.sha256, "n": len(value)}
     if isinstance(value, nn.Module):
         return {"model": type(value).__name__, "sha256": fingerprint(value)}
     if isinstance(value, Tensor | np.ndarray):
-        array = value.detach().cpu().contiguous().numpy() if isinstance(value, Tensor) else np.ascontiguousarray(value)
+        array = np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value)
         digest = hashlib.sha256(f"{array.shape}{array.dtype}".encode() + array.tobytes()).hexdigest()
         return {"array": list(array.shape), "sha256": digest}
-    if isinstance(value, Enum):
-        return value.name
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if abs(value) < float("inf") else str(value)
-    if isinstance(value, Mapping):
-        return {str(k): describe(v, depth - 1) for k, v in value.items()}
-    if isinstance(value, tuple | list | set | frozenset | range):
-        return [describe(v, depth - 1) for v in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     elif callable(value) and hasattr(value, "__qualname__"):

@@ -135,7 +135,7 @@ TOP: dict[str, Callable[[Any], bool]] = {
     "command": _text,
     "details": lambda value: isinstance(value, Mapping),
 }
-"""Key -> check. ``details`` holds what a reader needs to redo the run: preprocessing, classes, settings of each part."""
+"""Key -> check. ``details`` holds what it takes to redo the run: preprocessing, classes, settings of each part."""
 
 
 def check_document(document: Any, *, source: str = "the result") -> dict[str, Any]:

@@ -130,7 +130,7 @@ def classwise_ece(probabilities: Array, y: Array, *, n_bins: int = N_BINS) -> fl
 def noise_floor(
     confidence: Array, *, n_bins: int = N_BINS, n_draws: int = 200, generator: Seed = None
 ) -> tuple[float, float]:
-    """Return the mean and the 95 % quantile of the ECE that a *perfectly calibrated* model with these confidences shows.
+    """Return mean and 95 % quantile of the ECE that a *perfectly calibrated* model with these confidences shows.
 
     Labels are drawn so that each prediction is correct with exactly its confidence (Vaicenavicius et al. 2019).
     """

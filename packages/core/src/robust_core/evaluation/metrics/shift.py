@@ -2,8 +2,9 @@
 
 Source: Taori et al., "Measuring Robustness to Natural Distribution Shifts in Image Classification" (NeurIPS 2020).
 Accuracies under a shift lie near a straight line when both axes are in the logit (or probit) domain. The line ``beta``
-is fitted over *declared* baselines; a model's effective robustness is ``rho = acc_shift - beta(acc_id)``, what it gains
-over a baseline of the same in-distribution accuracy. Relative robustness is ``tau = acc_shift - acc_shift(base model)``.
+is fitted over *declared* baselines; a model's effective robustness is ``rho = acc_shift - beta(acc_id)``, what it
+gains over a baseline of the same in-distribution accuracy. Relative robustness is
+``tau = acc_shift - acc_shift(base model)``.
 """
 
 from __future__ import annotations

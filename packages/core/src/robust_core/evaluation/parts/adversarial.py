@@ -109,7 +109,7 @@ class Adversarial(Part):
         robust = clean & (nearest > self.threat.eps)
         found_by = np.array([name for info in table.infos for name in info["found_by"]], dtype=object)
         n = len(robust)
-        figures = {"accuracy": proportion(robust)}
+        figures = {"clean_accuracy": proportion(clean), "accuracy": proportion(robust)}
         if clean.any():
             figures["attack_success"] = proportion(~robust[clean])
         order = [name for info in table.infos for name in info.get("order", ())]
@@ -128,7 +128,9 @@ class Adversarial(Part):
             rows = np.array([len(info["found_by"]) for info in table.infos])
             again = (draws * rows[:, None]).sum(0) / n
             figures["reevaluated_accuracy"] = mean(again)
-            notes.append(f"random model: on {len(again)} fresh draws the attacked inputs leave {again.mean():.1%} accuracy")
+            notes.append(
+                f"random model: on {len(again)} fresh draws the attacked inputs leave {again.mean():.1%} accuracy"
+            )
         data = {"fingerprint": run.model_sha256, **_threat_data(self.threat)}
         flags = _black_box_flags(n, found_by)
         return Summary(n, figures, arrays, flags=flags, notes=notes, data=data)
@@ -261,7 +263,9 @@ class SecurityCurve(Part):
 
 def _with_threat(attack: Any, threat: Threat) -> Any:
     if not dataclasses.is_dataclass(attack):
-        raise TypeError(f"attack is a {type(attack).__name__}; a security curve needs a dataclass with the field threat")
+        raise TypeError(
+            f"attack is a {type(attack).__name__}; a security curve needs a dataclass with the field threat"
+        )
     return dataclasses.replace(attack, threat=threat)  # pyright: ignore
 
 
@@ -270,8 +274,8 @@ def _curve_flags(threat: Threat, grid: list[float], raw: np.ndarray, nearest: np
     left = proportion(nearest > grid[-1])
     if threat.domain is not None and left.interval is not None and left.interval[0] > 0.02:
         flags.append(
-            f"possible gradient masking: {left.value:.1%} of the samples survive {threat.with_eps(grid[-1])}, where every "
-            "input can be turned grey; the attack does not work on this model, so the accuracies above are too high"
+            f"possible gradient masking: {left.value:.1%} of the samples survive {threat.with_eps(grid[-1])}, where "
+            "every input can be turned grey; the attack is blind on this model, and the accuracies above are too high"
         )
     accuracy = 1 - raw.mean(0)
     for smaller, larger, a, b in zip(grid, grid[1:], range(len(grid)), range(1, len(grid)), strict=False):

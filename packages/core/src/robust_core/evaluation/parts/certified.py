@@ -60,7 +60,7 @@ class Certified(Part):
             raise ValueError(f"part {self.name!r}: the certifier spoke of different functions in different batches")
         radius, correct = table["radius"], table["correct"]
         n = len(radius)
-        radii = sorted({0.0, *(self.radii if self.radii is not None else round_radii(float(radius.max())))})
+        radii = sorted({0.0, *(self.radii if self.radii is not None else round_radii(radius))})
         figures = {f"accuracy@{r:.4g}": certified_accuracy(radius, correct, r) for r in radii}
         figures["acr"] = average_certified_radius(radius, correct)
         figures |= {f"status/{s.name.lower()}": proportion(table["status"] == s) for s in Status}
@@ -90,15 +90,17 @@ def _cost(found: Certificate) -> dict[str, float]:
     return {k: float(v) for k, v in found.cost.items() if k != "seconds" and math.isfinite(v)}
 
 
-def round_radii(largest: float, *, at_most: int = 8) -> list[float]:
-    """Return up to ``at_most`` multiples of 1, 2 or 5 times a power of ten that span (0, largest], and its end."""
-    if largest <= 0:
-        return []
-    step = next(
-        base * 10.0**power
-        for power in range(math.floor(math.log10(largest)) - 2, math.floor(math.log10(largest)) + 2)
-        for base in (1.0, 2.0, 2.5, 5.0)
-        if largest / (base * 10.0**power) <= at_most
-    )
+def round_radii(radius: np.ndarray, *, at_most: int = 8) -> list[float]:
+    """Return up to ``at_most`` multiples of 1, 2 or 5 times a power of ten that span the radii, and the largest.
+
+    Certificates of one threat all have its radius: then that one alone.
+    """
+    levels = np.unique(radius[radius > 0])
+    if len(levels) < 2:
+        return levels.tolist()
+    largest = float(levels[-1])
+    power = math.floor(math.log10(largest))
+    steps = [base * 10.0**exponent for exponent in range(power - 2, power + 2) for base in (1.0, 2.0, 5.0)]
+    step = next(step for step in steps if largest / step <= at_most)
     grid = [float(np.round(step * k, 12)) for k in range(1, int(largest / step + 1e-9) + 1)]
-    return grid if grid and grid[-1] >= largest * (1 - 1e-9) else [*grid, largest]
+    return grid if grid[-1] >= largest * (1 - 1e-9) else [*grid, largest]

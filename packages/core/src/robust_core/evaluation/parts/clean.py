@@ -225,7 +225,7 @@ class TranslationConsistency(Part):
         return Summary(len(data), figures, dict(table.arrays))
 
     def _steps(self, run: Run, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return for each row the largest k whose shifts all keep the prediction, and all stay correct (-1: clean wrong)."""
+        """Return, row by row, the largest k whose shifts all keep the prediction, and all are right (-1: none is)."""
         x, k = batch.x, self.max_shift
         if x.ndim != 4:
             raise ValueError(f"x has shape {tuple(x.shape)}; shifts need images (B, C, H, W)")

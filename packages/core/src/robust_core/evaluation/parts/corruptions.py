@@ -16,8 +16,8 @@ from robust_core.evaluation.metrics.accuracy import label_rank
 from robust_core.evaluation.metrics.corruption import Reference, mce, relative_mce
 from robust_core.evaluation.metrics.estimate import Estimate, mean, proportion
 from robust_core.evaluation.parts.base import Part, Summary
-from robust_core.evaluation.run import Batch, Measured, Run
 from robust_core.evaluation.report import Report
+from robust_core.evaluation.run import Batch, Measured, Run
 from robust_core.models import predict_logits
 
 __all__ = ["Corruptions", "reference_of"]
@@ -28,8 +28,8 @@ class Corruptions(Part):
     """Accuracy under each corruption and severity, its mean, the families and, with a reference, mCE.
 
     Args:
-        profile: constants of the corruptions: ``"imagenet"`` (224 pixels), ``"cifar"`` (32) or ``"small"`` (lengths scaled
-            with the height; not comparable with published figures); None chooses by the size of the images.
+        profile: constants of the corruptions: ``"imagenet"`` (224 pixels), ``"cifar"`` (32) or ``"small"`` (lengths
+            scaled with the height; not comparable with published figures); None chooses by the size of the images.
         frost: folder of frost photographs; without it, procedural frost takes their place.
         names: corruptions; None means the 15 of the benchmark.
         severities: 1 .. 5.
@@ -83,9 +83,7 @@ class Corruptions(Part):
         clean = label_rank(run.logits(data), data.y.cpu().numpy()) == 0
         return self._summary(profile, {name: table[name] for name in names}, table["index"], clean)
 
-    def _summary(
-        self, profile: str, correct: dict[str, np.ndarray], index: np.ndarray, clean: np.ndarray
-    ) -> Summary:
+    def _summary(self, profile: str, correct: dict[str, np.ndarray], index: np.ndarray, clean: np.ndarray) -> Summary:
         n, names = len(clean), list(correct)
         every = np.stack([correct[name] for name in names], 1)  # (N, corruptions, severities)
         figures = {"accuracy": mean(every.mean((1, 2))), "clean_accuracy": proportion(clean)}
