@@ -6,7 +6,7 @@ from robust_core.certificates.mixed import (
     mixed_certificate,
     smoothed_lipschitz,
 )
-from robust_core.certificates.result import ABSTAIN, About, Certificate, Certifier, Status
+from robust_core.certificates.result import ABSTAIN, About, Certificate, Certifier, Status, merge
 from robust_core.certificates.sequential import crossing_boundary, crossing_probability
 from robust_core.certificates.smoothed import SmoothedClassifier, SmoothingState
 from robust_core.certificates.smoothing import Smoothing
@@ -50,6 +50,7 @@ __all__ = [
     "family_alpha",
     "hoeffding_lower",
     "hoeffding_upper",
+    "merge",
     "mixed_certificate",
     "normal_cdf_upper",
     "normal_quantile_lower",
