@@ -6,6 +6,8 @@ from robust_core.training import Adversarial, FastPGD, fit
 state = fit(model, (x, y), Adversarial(FastPGD(Linf(8 / 255))), epochs=30, checkpoint="run/")
 """
 
+from robust_core.training import weights
+from robust_core.training.buffers import DistributionAlignment, FeatureQueue, PerSample, PrototypeBank
 from robust_core.training.ema import EMA
 from robust_core.training.fit import fit
 from robust_core.training.inner import FastPGD
@@ -19,11 +21,15 @@ __all__ = [
     "EMA",
     "Adversarial",
     "Batch",
+    "DistributionAlignment",
     "FastPGD",
+    "FeatureQueue",
     "GaussianNoise",
     "JsonLines",
     "Loss",
     "Objective",
+    "PerSample",
+    "PrototypeBank",
     "RandomObjective",
     "Stage",
     "Standard",
@@ -37,4 +43,5 @@ __all__ = [
     "piecewise",
     "scheduled",
     "sigmoid_ramp",
+    "weights",
 ]
