@@ -6,7 +6,13 @@ from robust_core.testing import Case
 from robust_core.testing.tiny import digits, digits_cnn
 from robust_core.threats import Linf
 
-__all__ = ["comp_sum_losses", "randomized_smoothing"]
+__all__ = [
+    "adversarial_training",
+    "comp_sum_losses",
+    "gaussian_training",
+    "randomized_smoothing",
+    "trades",
+]
 
 
 def comp_sum_losses() -> Case:
@@ -26,3 +32,29 @@ def randomized_smoothing() -> Case:
     x, y = digits()
     model = digits_cnn()
     return Case(Smoothing(model, 0.15, n_samples=1000), model, x[:16].clone(), y[:16].clone())
+
+
+def _objective(subject: object) -> Case:
+    x, y = digits()
+    return Case(subject, digits_cnn(), x[:32].clone(), y[:32].clone(), {"lr": 0.05})
+
+
+def adversarial_training() -> Case:
+    """Return adversarial training of a small network for the digits."""
+    from robust_core.training import Adversarial, FastPGD
+
+    return _objective(Adversarial(FastPGD(Linf(0.1), n_iter=3)))
+
+
+def trades() -> Case:
+    """Return TRADES on a small network for the digits."""
+    from robust_core.training import FastPGD, Trades
+
+    return _objective(Trades(FastPGD(Linf(0.1), n_iter=3)))
+
+
+def gaussian_training() -> Case:
+    """Return training under noise of a small network for the digits."""
+    from robust_core.training import GaussianNoise
+
+    return _objective(GaussianNoise(0.1))

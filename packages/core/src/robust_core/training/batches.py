@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from robust_core.checks import check_count, check_same_length
 from robust_core.data.dataset import Dataset, _column, _unwrap, to_unit_tensor
+from robust_core.data.views import Views
 from robust_core.random import derive
 from robust_core.training.distributed import share_rows, world
 from robust_core.training.isolation import borrowed_generators, seed_generators
@@ -207,7 +208,7 @@ def stream_batches(
     batch_size: int,
     *,
     skip: int = 0,
-    transform: Transform | None = None,
+    transform: Transform | Views | None = None,
     seed: int = 0,
     epoch: int = 0,
     num_workers: int = 0,
@@ -220,7 +221,7 @@ def stream_batches(
         order: (n,) positions, the same in all processes.
         batch_size: rows of a batch over all processes.
         skip: batches that were done already.
-        transform: applied to each input alone.
+        transform: applied to each input alone; :class:`robust_core.data.views.Views` to each batch, on ``device``.
         seed: with ``epoch`` and the sample's index it decides what ``transform`` draws.
         epoch: pass over the data.
         num_workers: processes that fetch samples; data in memory without a transform need none.
@@ -228,6 +229,8 @@ def stream_batches(
     """
     check_count("batch_size", batch_size, low=world())
     rows = [share_rows(part) for part in order.split(batch_size)[: n_batches(len(order), batch_size)]][skip:]
+    views = transform if isinstance(transform, Views) else None
+    transform = None if isinstance(transform, Views) else transform
     if source.in_memory and transform is None:
         fetched: Iterator[dict[str, Any]] = (source.batch(part) for part in rows)
     else:
@@ -241,7 +244,10 @@ def stream_batches(
         )
         fetched = iter(loader)
     for batch in fetched:
-        yield _move(batch, device)
+        moved = _move(batch, device)
+        if views is not None:
+            moved.update(views(moved["x"], moved["index"], generator=derive(seed, "views"), step=epoch))
+        yield moved
 
 
 def _move(value: Any, device: torch.device | None) -> Any:

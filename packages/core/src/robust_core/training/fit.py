@@ -19,14 +19,14 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from robust_core.checks import check_choice, check_count, check_number
+from robust_core.checks import check_count
+from robust_core.data.views import Views
 from robust_core.errors import CheckpointError, TrainingError
 from robust_core.models import model_device, predict_logits
 from robust_core.random import Seed, derive, resolve_seed
@@ -46,46 +46,14 @@ from robust_core.training.ema import EMA
 from robust_core.training.isolation import borrowed_generators, seed_generators
 from robust_core.training.log import Sink, sink_of
 from robust_core.training.objective import Loss, Objective, Stage
+from robust_core.training.plan import PRECISIONS, Settings, stages_of
 from robust_core.training.state import TrainState
 
 __all__ = ["fit"]
 
 _LOGGER = logging.getLogger(__name__)
-_PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECK_EVERY = 16
 """On an accelerator the loss is looked at once in so many steps: looking waits for the device."""
-
-
-def _adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3)
-
-
-@dataclass(frozen=True)
-class _Settings:
-    batch_size: int
-    precision: str
-    accumulate: int
-    clip_norm: float | None
-    channels_last: bool
-    num_workers: int
-    log_every: int
-    checkpoint_every: int | None
-    transform: Transform | None
-    order: Order
-    n_classes: int | None
-    on_step: Callable[[TrainState, Loss], object] | None
-    on_epoch: Callable[[TrainState], Mapping[str, Any] | None] | None
-
-    def __post_init__(self) -> None:
-        check_count("batch_size", self.batch_size)
-        check_count("accumulate", self.accumulate)
-        check_count("num_workers", self.num_workers, low=0)
-        check_count("log_every", self.log_every)
-        check_choice("precision", self.precision, tuple(_PRECISIONS))
-        if self.clip_norm is not None:
-            check_number("clip_norm", self.clip_norm, low=0, open_low=True)
-        if self.checkpoint_every is not None:
-            check_count("checkpoint_every", self.checkpoint_every)
 
 
 def fit(
@@ -98,7 +66,7 @@ def fit(
     schedule: Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler] | None = None,
     batch_size: int = 128,
     generator: Seed = None,
-    transform: Transform | None = None,
+    transform: Transform | Views | None = None,
     order: Order = epoch_order,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
@@ -129,7 +97,8 @@ def fit(
         schedule: builds a scheduler from (optimiser, number of steps), e.g. ``scheduled(cosine())``.
         batch_size: samples for each optimiser step, over all processes and micro-batches.
         generator: seed of order, augmentation, dropout and attacks; None means 0.
-        transform: augmentation of one input (or one input -> named views); it may use the global generators.
+        transform: augmentation of one input (or one input -> named views), which may use the global generators; or
+            :class:`robust_core.data.views.Views`.
         order: (seed, epoch, n) -> positions, for another way of sampling than a fresh permutation.
         checkpoint: folder of checkpoints; a run that was interrupted goes on from there, with the same bits.
         checkpoint_every: steps between checkpoints; the end of each epoch when None.
@@ -158,7 +127,7 @@ def fit(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    settings = _Settings(
+    settings = Settings(
         batch_size=batch_size,
         precision=precision,
         accumulate=accumulate,
@@ -173,7 +142,7 @@ def fit(
         on_step=on_step,
         on_epoch=on_epoch,
     )
-    stages = _stages(objective, epochs, optimiser, schedule)
+    stages = stages_of(objective, epochs, optimiser, schedule)
     device = model_device(model) or torch.device("cpu")
     average = None if ema is None else EMA(model, ema, buffers=ema_buffers)
     with borrowed_generators(device), _modes_kept(model):
@@ -182,24 +151,6 @@ def fit(
         run.checkpoints = None if checkpoint is None else Checkpoints(checkpoint, keep=keep)
         run.log = sink_of(log)
         return run.train()
-
-
-def _stages(
-    objective: Any, epochs: int | None, optimiser: Callable[..., Any] | None, schedule: Callable[..., Any] | None
-) -> list[Stage]:
-    if isinstance(objective, Stage):
-        objective = [objective]
-    if isinstance(objective, Sequence):
-        if not objective or not all(isinstance(stage, Stage) for stage in objective):
-            raise TypeError("objective is a list, but not of one or more robust_core.training.Stage")
-        if not (epochs is optimiser is schedule is None):
-            raise ValueError("epochs, optimiser and schedule belong to each Stage when stages are given")
-        return list(objective)
-    if not callable(objective):
-        raise TypeError(f"objective must be callable as objective(model, batch), not {type(objective).__name__}")
-    if epochs is None:
-        raise ValueError("epochs=None: say how many passes over the data are wanted")
-    return [Stage(cast(Objective, objective), optimiser or _adamw, check_count("epochs", epochs), schedule)]
 
 
 def _compiled(model: nn.Module, wanted: bool | str) -> nn.Module:
@@ -230,7 +181,7 @@ class _Run:
         model: nn.Module,
         source: Source,
         stages: list[Stage],
-        settings: _Settings,
+        settings: Settings,
         seed: int,
         device: torch.device,
         ema: EMA | None,
@@ -430,7 +381,7 @@ class _Run:
         return state.scaler.get_scale() >= scale
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = _PRECISIONS[self.settings.precision]
+        dtype = PRECISIONS[self.settings.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def _backward(self, batch: dict[str, Any]) -> Loss:
@@ -442,7 +393,7 @@ class _Run:
             if self.settings.channels_last and part["x"].ndim == 4:
                 part["x"] = part["x"].contiguous(memory_format=torch.channels_last)
             with self._autocast():
-                loss = state.objective(self.forward, {**part, "step": state.step, "seed": state.seed})
+                loss = state.objective(self.forward, {**part, **self._progress()})
             if not isinstance(loss, Loss):
                 raise TypeError(f"the objective returned a {type(loss).__name__}; Loss(total, parts) is needed")
             weight = len(part["y"]) / total
@@ -451,6 +402,14 @@ class _Run:
             self._look(shares[-1][1])
             (value if state.scaler is None else state.scaler.scale(value)).backward()
         return joined(shares)
+
+    def _progress(self) -> dict[str, Any]:
+        """What objectives may want to know of the run: step, seed and the share of the stage that is done."""
+        state = self.state
+        before = sum(stage.epochs for stage in self.stages[: state.stage])
+        done = (state.epoch - before) * self.per_epoch + state.batch
+        share = done / (self.stages[state.stage].epochs * self.per_epoch)
+        return {"step": state.step, "seed": state.seed, "share": share}
 
     def _look(self, loss: Loss) -> None:
         """Remember the loss, and stop on one that is not finite: on the CPU before it reaches the weights."""

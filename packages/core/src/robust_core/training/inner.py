@@ -17,15 +17,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from robust_core.checks import check_count, check_number
+from robust_core.checks import check_count, check_labels, check_number
 from robust_core.models import Classifier, frozen
 from robust_core.random import SampleStreams, Seed, resolve_seed
 from robust_core.threats import Linf, Threat
 
-__all__ = ["FastPGD", "RowLoss", "ascend"]
+__all__ = ["FastPGD", "RowLoss", "ascend", "refuse_bad_labels"]
 
 RowLoss = Callable[[Tensor], Tensor]
 """Logits (B, C) -> loss (B,) that the attacker raises, row by row."""
+
+
+def refuse_bad_labels(logits: Tensor, y: Tensor) -> None:
+    """Name labels that the model does not know; on the CPU only, since looking makes an accelerator wait."""
+    if y.device.type == "cpu" and y.dtype == torch.int64 and y.ndim == 1 and logits.ndim == 2:
+        check_labels(y, len(logits), logits.shape[1])
 
 
 def ascend(
@@ -104,6 +110,7 @@ class FastPGD:
             start = self.threat.random_start(x, SampleStreams(resolve_seed(generator), index, "start"))
 
         def loss(logits: Tensor) -> Tensor:
+            refuse_bad_labels(logits, y)
             return F.cross_entropy(logits, y, reduction="none")
 
         return ascend(model, self.threat, x, start, loss, n_iter=self.n_iter, step_size=self.step)

@@ -1,10 +1,11 @@
-"""The objectives of the core: plain, adversarial, TRADES, Gaussian noise.
+"""The objectives of the core: plain, adversarial, TRADES, Gaussian noise, intervals.
 
 ========================  =====================================================================================
 :class:`Standard`         the mean of a loss on the inputs as they are
 :class:`Adversarial`      the mean of a loss on attacked inputs, eq. 2.1 of Madry et al. 2018 (arXiv 1706.06083)
 :class:`Trades`           cross entropy + beta * KL(f(x) || f(x')), eq. 5 of Zhang et al. 2019 (arXiv 1901.08573)
 :class:`GaussianNoise`    cross entropy under noise, the base of smoothing, Cohen et al. 2019 (arXiv 1902.02918)
+:class:`Interval`         plain and worst-case cross entropy, eq. 12 of Gowal et al. 2018 (arXiv 1810.12715)
 ========================  =====================================================================================
 
 Attacks are crafted in eval mode with frozen parameters (batch statistics would let neighbours leak into a row's
@@ -24,12 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robust_core.checks import check_number
+from robust_core.checks import check_finite, check_number
 from robust_core.random import SampleStreams, Seed, derive, resolve_seed
-from robust_core.training.inner import FastPGD, ascend
+from robust_core.threats import Threat
+from robust_core.training.inner import FastPGD, ascend, refuse_bad_labels
 from robust_core.training.objective import Batch, Loss
 
-__all__ = ["Adversarial", "Criterion", "GaussianNoise", "RandomObjective", "Standard", "Trades"]
+__all__ = ["Adversarial", "Criterion", "GaussianNoise", "Interval", "RandomObjective", "Standard", "Trades"]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """(output of the model, y) -> scalar, the mean over the batch."""
@@ -59,6 +61,7 @@ class RandomObjective(nn.Module):
         self.seed = resolve_seed(generator)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self._calls: int | None = None
+        self._share = 0.0
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -74,11 +77,30 @@ class RandomObjective(nn.Module):
             self.get_buffer("calls").add_(1)
         return derive(self.seed, int(batch.get("seed", 0)), step)
 
+    def share(self, batch: Batch) -> float:
+        """Return the share of training done, in [0, 1]: as ``fit`` says it, else as of the last ``on_epoch``."""
+        return float(batch.get("share", self._share))
+
+    def on_epoch(self, epoch: int, epochs: int) -> None:
+        """Take notice of an epoch."""
+        self._share = epoch / epochs
+
     @staticmethod
     def index(batch: Batch) -> Tensor:
         """Return the batch's ``index``, or 0 .. B - 1 where it has none."""
         found = batch.get("index")
         return torch.arange(len(batch["x"]), device=batch["x"].device) if found is None else found
+
+
+def _plain(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return x and y; NaN is refused where looking costs no wait (elsewhere ``fit`` meets it in the loss)."""
+    x, y = batch["x"], batch["y"]
+    return (check_finite("x", x) if x.device.type == "cpu" else x), y
+
+
+def _mean(loss: Criterion, logits: Tensor, y: Tensor) -> Tensor:
+    refuse_bad_labels(logits, y)
+    return loss(logits, y)
 
 
 class Standard(nn.Module):
@@ -94,7 +116,8 @@ class Standard(nn.Module):
 
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of one batch."""
-        return Loss(self.loss(model(batch["x"]), batch["y"]))
+        x, y = _plain(batch)
+        return Loss(_mean(self.loss, model(x), y))
 
 
 class Adversarial(RandomObjective):
@@ -113,9 +136,9 @@ class Adversarial(RandomObjective):
 
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of one batch."""
-        x, y = batch["x"], batch["y"]
+        x, y = _plain(batch)
         attacked = self.attack(model, x, y, index=self.index(batch), generator=self.step_seed(batch))
-        return Loss(self.loss(model(attacked), y))
+        return Loss(_mean(self.loss, model(attacked), y))
 
 
 class Trades(RandomObjective):
@@ -154,9 +177,10 @@ class Trades(RandomObjective):
 
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of one batch, with parts ``natural`` and ``robust``."""
+        x, y = _plain(batch)
         attacked = self.craft(model, batch)
-        logits, moved = model(batch["x"]), model(attacked)
-        natural = F.cross_entropy(logits, batch["y"])
+        logits, moved = model(x), model(attacked)
+        natural = _mean(F.cross_entropy, logits, y)
         log_p, log_q = F.log_softmax(logits.float(), dim=1), F.log_softmax(moved.float(), dim=1)
         robust = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
         return Loss(natural + self.beta * robust, {"natural": natural.detach(), "robust": robust.detach()})
@@ -177,6 +201,48 @@ class GaussianNoise(RandomObjective):
 
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of one batch."""
-        x = batch["x"]
+        x, y = _plain(batch)
         streams = SampleStreams(self.step_seed(batch), self.index(batch), "noise")
-        return Loss(self.loss(model(x + self.sigma * streams.normal(x.shape[1:], dtype=x.dtype)), batch["y"]))
+        return Loss(_mean(self.loss, model(x + self.sigma * streams.normal(x.shape[1:], dtype=x.dtype)), y))
+
+
+class Interval(RandomObjective):
+    """Train for interval certificates: plain and worst-case cross entropy, while ``eps`` grows.
+
+    Gowal et al. 2018 (arXiv 1810.12715), section 3: ``weight`` of the worst case grows from 0 to ``final_weight`` and
+    ``eps`` from 0 to that of the threat, both linearly over the shares ``ramp`` of training.
+
+    Args:
+        threat: what is certified.
+        ramp: (begin, end) of the growth, as shares of training.
+        final_weight: of the worst case in the end; 1/2 as in the paper.
+        loss: plain loss.
+    """
+
+    def __init__(
+        self,
+        threat: Threat,
+        *,
+        ramp: tuple[float, float] = (0.1, 0.7),
+        final_weight: float = 0.5,
+        loss: Criterion = F.cross_entropy,
+    ) -> None:
+        super().__init__()
+        if not 0 <= ramp[0] < ramp[1] <= 1:
+            raise ValueError(f"ramp={ramp!r}: 0 <= begin < end <= 1 is needed")
+        self.threat, self.ramp, self.loss = threat, ramp, loss
+        self.final_weight = check_number("final_weight", final_weight, low=0, high=1)
+        self._bounds: Any = None
+
+    def forward(self, model: nn.Module, batch: Batch) -> Loss:
+        """Return the loss of one batch, with parts ``natural`` and ``robust``."""
+        from robust_core.certificates.bounds import IntervalBounds
+
+        x, y = _plain(batch)
+        if self._bounds is None or self._bounds.model is not model:
+            self._bounds = IntervalBounds(model, self.threat)
+        grown = min(max((self.share(batch) - self.ramp[0]) / (self.ramp[1] - self.ramp[0]), 0.0), 1.0)
+        natural = _mean(self.loss, model(x), y)
+        robust = self._bounds.loss(x, y, eps=grown * self.threat.eps)
+        weight = grown * self.final_weight
+        return Loss((1 - weight) * natural + weight * robust, {"natural": natural.detach(), "robust": robust.detach()})
