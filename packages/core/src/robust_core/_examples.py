@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from robust_core.testing import Case
 from robust_core.testing.tiny import digits, digits_cnn
-from robust_core.threats import Linf
+from robust_core.threats import L2, Linf
 
 __all__ = [
     "adversarial_training",
+    "carlini_wagner",
     "comp_sum_losses",
+    "fab",
     "gaussian_training",
     "randomized_smoothing",
+    "square",
     "trades",
+    "zeroth_order",
 ]
 
 
@@ -58,3 +62,36 @@ def gaussian_training() -> Case:
     from robust_core.training import GaussianNoise
 
     return _objective(GaussianNoise(0.1))
+
+
+def _attack(subject: object) -> Case:
+    x, y = digits()
+    return Case(subject, digits_cnn(), x[:24].clone(), y[:24].clone())
+
+
+def fab() -> Case:
+    """Return FAB-T on a small network for the digits."""
+    from robust_core.attacks import FAB
+
+    return _attack(FAB(Linf(0.1), n_iter=15, n_targets=4))
+
+
+def square() -> Case:
+    """Return Square on a small network for the digits."""
+    from robust_core.attacks import Square
+
+    return _attack(Square(Linf(0.1), n_iter=200))
+
+
+def carlini_wagner() -> Case:
+    """Return Carlini and Wagner's attack on a small network for the digits."""
+    from robust_core.attacks import CarliniWagner
+
+    return _attack(CarliniWagner(L2(0.8), n_iter=40, n_searches=4, initial_c=0.1))
+
+
+def zeroth_order() -> Case:
+    """Return the attack from scores alone on a small network for the digits."""
+    from robust_core.attacks import ZerothOrder
+
+    return _attack(ZerothOrder(Linf(0.1), n_iter=20, n_directions=8))
