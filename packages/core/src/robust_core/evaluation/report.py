@@ -21,6 +21,17 @@ from robust_core.io import read_json, write_atomic, write_json
 __all__ = ["Report"]
 
 RESULT, PER_SAMPLE, PAGE = "result.json", "per_sample.npz", "report.html"
+NEEDED = {
+    "clean": ("index", "label", "correct", "confidence"),
+    "calibration": ("confidence", "correct"),
+    "adversarial": ("index", "adversarial_distance", "robust"),
+    "security-curve": ("index", "adversarial_distance"),
+    "certified": ("index", "radius", "correct"),
+    "corruptions": ("index", "correct"),
+    "shift": ("index", "correct"),
+    "translation": ("index", "steps"),
+}
+"""Kind of part -> arrays that it must have."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class Report:
 
     def __post_init__(self) -> None:
         check_document(self.document)
+        _check_arrays(self.parts(), self.per_sample)
         self.comparisons()
 
     def __getitem__(self, name: str) -> Estimate:
@@ -130,6 +142,20 @@ class Report:
         folder = Path(directory)
         document = check_document(read_json(folder / RESULT), source=str(folder / RESULT))
         return cls(document, load_arrays(folder / PER_SAMPLE))
+
+
+def _check_arrays(parts: list[dict[str, Any]], per_sample: Mapping[str, np.ndarray]) -> None:
+    """Every part has the arrays that its page and the paired tests need, one row for each of its samples."""
+    prefixes = tuple(f"{part['name']}/" for part in parts)
+    strange = [name for name in per_sample if not name.startswith(prefixes)]
+    if strange:
+        raise UntrustedFileError(f"per-sample arrays {strange[:3]} belong to no part")
+    for part in parts:
+        for name in NEEDED.get(part["kind"], ()):
+            array = per_sample.get(f"{part['name']}/{name}")
+            if array is None or array.ndim < 1 or len(array) != part["n"]:
+                found = "missing" if array is None else f"of shape {array.shape}"
+                raise UntrustedFileError(f"part {part['name']!r} of {part['n']} samples: its array {name!r} is {found}")
 
 
 def _shown(estimate: Estimate) -> str:

@@ -114,8 +114,6 @@ class Adversarial(Part):
             figures["attack_success"] = proportion(~robust[clean])
         order = [name for info in table.infos for name in info.get("order", ())]
         figures |= _cumulative(clean, found_by, list(dict.fromkeys(order)))
-        for key in ("forwards", "backwards"):
-            figures[f"{key}_per_sample"] = Estimate(table.total(key) / n, None, n)
         arrays = {k: v for k, v in table.arrays.items() if not k.startswith("_")}
         arrays |= {"adversarial_distance": nearest, "robust": robust, "clean_correct": clean}
         arrays |= {f"examples/{k[9:]}": v[:MAX_EXAMPLES] for k, v in table.arrays.items() if k.startswith("_example_")}
@@ -131,7 +129,8 @@ class Adversarial(Part):
             notes.append(
                 f"random model: on {len(again)} fresh draws the attacked inputs leave {again.mean():.1%} accuracy"
             )
-        data = {"fingerprint": run.model_sha256, **_threat_data(self.threat)}
+        cost = {f"{key}_per_sample": round(table.total(key) / n, 2) for key in ("forwards", "backwards")}
+        data = {"fingerprint": run.model_sha256, **_threat_data(self.threat), "cost": cost}
         flags = _black_box_flags(n, found_by)
         return Summary(n, figures, arrays, flags=flags, notes=notes, data=data)
 

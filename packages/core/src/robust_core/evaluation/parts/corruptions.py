@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -99,7 +100,7 @@ class Corruptions(Part):
         if self.reference is not None:
             errors = {name: (1 - correct[name].mean(0)).tolist() for name in names}
             figures["mce"] = Estimate(mce(errors, self.reference), None, n)
-            lost = relative_mce(errors, float(1 - clean.mean()), self.reference)
+            lost = _relative(errors, float(1 - clean.mean()), self.reference)
             figures["relative_mce"] = Estimate(lost, None, n)
         notes = []
         if profile == "small":
@@ -110,6 +111,13 @@ class Corruptions(Part):
         data["reference"] = None if self.reference is None else self.reference.name
         arrays = {"correct": every, "index": index}
         return Summary(n, figures, arrays, notes=notes, data=data)
+
+
+def _relative(errors: dict[str, list[float]], clean: float, reference: Reference) -> float:
+    try:
+        return relative_mce(errors, clean, reference)
+    except ValueError:  # the reference loses nothing somewhere: the ratio does not exist, the rest of the report does
+        return math.nan
 
 
 def reference_of(report: Report, *, part: str = "corruptions") -> Reference:

@@ -40,8 +40,9 @@ def adversarial(report: Report, part: dict[str, Any]) -> Section:
         "one after the other, each on the samples that are left, so the rows can only fall. This is an upper bound: a "
         "better attacker may find more."
     )
-    passes = [report[f"{name}/{k}_per_sample"].value for k in ("forwards", "backwards")]
-    notes = [*part["notes"], f"Spent on each sample: {passes[0]:,.0f} forward and {passes[1]:,.0f} backward passes."]
+    cost = data["cost"]
+    spent = f"{cost['forwards_per_sample']:,.0f} forward and {cost['backwards_per_sample']:,.0f} backward passes"
+    notes = [*part["notes"], f"Spent on each sample: {spent}."]
     examples = _examples(report, name)
     return Section(
         title_of("Under attack", name, "adversarial"),
