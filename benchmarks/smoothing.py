@@ -262,10 +262,10 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "memory": memory(),
         "overhead": [
-            overhead("small CNN", small, torch.rand(8, 1, 8, 8), 10_000 // tenth, 1024, 9),
-            overhead("small CNN", small, torch.rand(8, 1, 8, 8), 1000, 1024, 9),
-            overhead("small CNN", wide, torch.rand(2, 1, 28, 28), 5000 // tenth, 512, 5),
-            overhead("ResNet-18", resnet18(num_classes=10), torch.rand(2, 3, 32, 32), 512, 256, 3),
+            overhead("small CNN", small, torch.rand(8, 1, 8, 8), 10_000 // tenth, 256, 9),
+            overhead("small CNN", small, torch.rand(8, 1, 8, 8), 1000, 256, 9),
+            overhead("small CNN", wide, torch.rand(2, 1, 28, 28), 10_000 // tenth, 256, 7),
+            overhead("ResNet-18", resnet18(num_classes=10), torch.rand(2, 3, 32, 32), 2048 // tenth, 256, 5),
         ],
         "stopping": stopping(100 // tenth, 100_000 // tenth),
     }

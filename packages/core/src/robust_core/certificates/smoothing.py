@@ -367,7 +367,9 @@ def _tally(sums: Tensor, rows: Tensor, logits: Tensor, label: Tensor, *, soft: b
     """Add the votes for each row's label to ``sums`` (2, B): in integers, so that no order matters."""
     wanted = label[rows]
     if not soft:
-        sums[0].index_add_(0, rows, (hard_votes(logits) == wanted).to(torch.int64))
+        top, voted = logits.max(1)
+        hit = (voted == wanted) & torch.isfinite(top)
+        sums[0].index_add_(0, rows, hit.to(torch.int64))
         return
     inside = wanted < logits.shape[1]
     column = torch.where(inside, wanted, 0)[:, None]
