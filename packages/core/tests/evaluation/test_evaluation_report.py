@@ -45,7 +45,7 @@ def report():
     parts = [
         Clean(),
         Calibration(held_out=(x[48:96], y[48:96])),
-        Adversarial(THREAT, attack=attack),
+        Adversarial(THREAT, attack=attack, sanity=0),
         SecurityCurve(THREAT, attack=attack, subset=24),
         Corruptions(subset=16, severities=(5,), names=("fog", "contrast")),
         Shift(data.replace(x=data.x * 0.5), "dim", baseline=baseline),

@@ -53,7 +53,7 @@ def oracle_data(n=40, n_classes=4):
 
 def quick_parts():
     attack = PGD(THREAT, n_iter=5)
-    return [Clean(), Calibration(), Adversarial(THREAT, attack=attack), SecurityCurve(THREAT, attack=attack)]
+    return [Clean(), Calibration(), Adversarial(THREAT, attack=attack, sanity=0), SecurityCurve(THREAT, attack=attack)]
 
 
 # -- known models --------------------------------------------------------------------------------------------------
@@ -329,6 +329,6 @@ def test_default_parts_follow_the_threat():
     x, y = digits()
     report = evaluate(digits_cnn(), (x[:8], y[:8]), threat=Linf(0.4))
     assert [p["kind"] for p in report.parts()] == ["clean", "calibration", "adversarial", "security-curve"]
-    assert report.document["threat"] == {"norm": "Linf", "eps": 0.4, "eps_text": "102/255", "domain": [0.0, 1.0]}
+    assert report.document["threat"] == {"norm": "Linf", "eps": 0.4, "eps_text": "0.4", "domain": [0.0, 1.0]}
     assert report.parts("adversarial")[0]["notes"][0] == "AutoAttack, version 'standard'"
     assert report["adversarial/after/apgd-ce"].value == 0

@@ -176,7 +176,7 @@ def _document(
             "parameters": parameters,
             "checks": run.checks.as_json(),
             "batch_size": run.batch_size,
-            "notes": [],
+            "notes": list(run.checks.notes),
             "parts": described,
         },
     }

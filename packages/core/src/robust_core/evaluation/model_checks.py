@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_core.models import Classifier, frozen, padded
+from robust_core.random import reseeded
 
 __all__ = ["TOLERANCE", "ModelChecks", "check_model"]
 
@@ -31,6 +32,7 @@ class ModelChecks:
         probabilities: rows are non-negative and add up to 1.
         zero_gradient: the gradient of the loss with respect to the input is 0, cut or absent.
         flags: red flags, in sentences.
+        notes: what the model itself declares, so that attackers took it into account.
     """
 
     n_classes: int
@@ -38,6 +40,7 @@ class ModelChecks:
     probabilities: bool
     zero_gradient: bool
     flags: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """Return the findings for the result document."""
@@ -63,7 +66,7 @@ def check_model(model: Classifier, x: Tensor, y: Tensor) -> ModelChecks:
             there are labels, or changes with the other rows of the batch.
     """
     _check_mode(model)
-    with frozen(model), torch.no_grad():
+    with frozen(model), torch.no_grad(), reseeded(0, x.device):
         first, second = (_logits(model, x) for _ in range(2))
         size = max(1.0, float(first.abs().max()))
         stochastic = float((first - second).abs().max()) > TOLERANCE * size
@@ -73,14 +76,17 @@ def check_model(model: Classifier, x: Tensor, y: Tensor) -> ModelChecks:
         raise ValueError(f"the model has {first.shape[1]} outputs, the labels go up to {int(y.max())}")
     probabilities = bool((first >= 0).all()) and bool(((first.sum(1) - 1).abs() < 1e-4).all())
     zero_gradient = _zero_gradient(model, x, y)
-    return ModelChecks(
-        first.shape[1], stochastic, probabilities, zero_gradient, _sentences(stochastic, probabilities, zero_gradient)
-    )
+    flags, notes = _sentences(model, stochastic, probabilities, zero_gradient)
+    return ModelChecks(first.shape[1], stochastic, probabilities, zero_gradient, tuple(flags), tuple(notes))
 
 
-def _sentences(stochastic: bool, probabilities: bool, zero_gradient: bool) -> tuple[str, ...]:
-    found = []
-    if stochastic:
+def _sentences(
+    model: Classifier, stochastic: bool, probabilities: bool, zero_gradient: bool
+) -> tuple[list[str], list[str]]:
+    found, notes = [], []
+    if stochastic and getattr(model, "stochastic", False):
+        notes.append("the model is random, as it declares: every figure is that of one draw, repeated by the seed")
+    elif stochastic:
         found.append(
             "randomised model: two passes over the same inputs differ, so a single attack run overstates robustness; "
             "average the attack over the randomness (EOT) and repeat the evaluation"
@@ -90,12 +96,14 @@ def _sentences(stochastic: bool, probabilities: bool, zero_gradient: bool) -> tu
             "outputs are probabilities: the model ends in a softmax, whose saturation hides gradients from attacks; "
             "return the logits"
         )
-    if zero_gradient:
+    if zero_gradient and not getattr(model, "differentiable", True):
+        notes.append("the model has no input gradient, as it declares: attackers use a surrogate, or queries alone")
+    elif zero_gradient:
         found.append(
             "no input gradient: gradient-based attacks cannot work on this model; trust black-box and transfer "
             "attacks only, or give a differentiable surrogate (BPDA)"
         )
-    return tuple(found)
+    return found, notes
 
 
 def _check_mode(model: Classifier) -> None:

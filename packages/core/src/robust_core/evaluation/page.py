@@ -101,6 +101,8 @@ def _cards(report: Report) -> list[Card]:
 
 def _clear_text(report: Report) -> str:
     done = ["eval mode", "rows independent of the batch", "logits rather than probabilities", "an input gradient"]
+    if any("sanity" in part["data"] for part in report.parts("adversarial")):
+        done.append("gradients, randomness, and weaker attacks that must not beat stronger ones")
     if report.parts("security-curve"):
         done.append("a security curve that comes down to nothing")
     if report.comparisons():

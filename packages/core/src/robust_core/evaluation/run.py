@@ -28,7 +28,7 @@ from robust_core.errors import UntrustedFileError
 from robust_core.evaluation.model_checks import ModelChecks
 from robust_core.io import load_tensors, parse_json, save_tensors, sweep
 from robust_core.models import Classifier, fingerprint, predict_logits
-from robust_core.random import derive
+from robust_core.random import derive, reseeded
 from robust_core.threats import Threat
 
 __all__ = ["Batch", "Measured", "Run", "Table", "describe"]
@@ -177,7 +177,8 @@ class Run:
             path = None if folder is None else folder / f"{number:06d}.safetensors"
             measured = None if path is None else _read(path, identity)
             if measured is None:
-                measured = measure(self._load(data, rows))
+                with reseeded(derive(self.seed, key, number), self.device):  # random models repeat themselves
+                    measured = measure(self._load(data, rows))
                 measured = Measured({k: v.detach().cpu() for k, v in measured.tensors.items()}, measured.info)
                 if path is not None:
                     _write(path, identity, measured)

@@ -11,16 +11,18 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from robust_core.attacks import PGD, AutoAttack, Square, sanity_report
 from robust_core.attacks.engine import Attack, AttackResult
 from robust_core.checks import check_number
 from robust_core.evaluation.metrics.accuracy import label_rank
 from robust_core.evaluation.metrics.estimate import Estimate, mean, proportion, share
+from robust_core.evaluation.model_checks import ModelChecks
 from robust_core.evaluation.parts.base import Part, Summary
 from robust_core.evaluation.run import Batch, Measured, Run, Table
 from robust_core.models import predict_logits
@@ -63,6 +65,8 @@ class Adversarial(Part):
         threat: what the attacker may do.
         version: of ``AutoAttack``: ``"standard"``, ``"plus"``, ``"rand"`` or ``"fast"`` (a quick look, marked as such).
         attack: another attack to use instead.
+        sanity: samples on which :func:`~robust_core.attacks.sanity_report` looks for signs that attacks fail for the
+            wrong reason; 0 for none.
         subset: number of evenly spaced samples, or None for all.
         name: prefix of the figures.
     """
@@ -70,8 +74,9 @@ class Adversarial(Part):
     kind: ClassVar[str] = "adversarial"
     pools: ClassVar[bool] = True
     threat: Threat
-    version: str = "standard"
+    version: Literal["standard", "plus", "rand", "fast"] = "standard"
     attack: Attack | None = None
+    sanity: int = 64
     subset: int | None = None
     name: str = "adversarial"
 
@@ -92,16 +97,37 @@ class Adversarial(Part):
             return Measured({**tensors, **_examples(run, batch, result)}, info)
 
         table = run.collect(self.name, data, measure, settings=(self, attack), rows=POOL * run.batch_size)
-        return self._summary(run, table, label_rank(run.logits(data), data.y.cpu().numpy()) == 0)
+        summary = self._summary(run, table, label_rank(run.logits(data), data.y.cpu().numpy()) == 0)
+        return self._doubted(run, summary) if self.sanity else summary
+
+    def _doubted(self, run: Run, summary: Summary) -> Summary:
+        """Add what the sanity report found: warnings are flags, the rest are notes."""
+        data = run.subset(run.data, self.sanity)
+
+        def measure(batch: Batch) -> Measured:
+            seed = run.seed_of(self.name, "sanity")
+            found = sanity_report(run.model, batch.x, batch.y, self.threat, index=batch.index, generator=seed)
+            raised = [{"name": f.name, "message": f.message, "warning": f.warning} for f in found.flags]
+            figures = {k: float(v) if math.isfinite(v) else None for k, v in found.figures.items()}
+            return Measured({"index": batch.index}, {"flags": raised, "figures": figures, "skipped": found.skipped})
+
+        table = run.collect(f"{self.name}-sanity", data, measure, settings=self.threat, rows=len(data))
+        (found,) = table.infos
+        raised = [f for f in found["flags"] if f["name"] not in _known(run.checks)]
+        lines = [(f["warning"], f"{f['name'].replace('_', ' ')}: {f['message']}") for f in raised]
+        return dataclasses.replace(
+            summary,
+            flags=[*summary.flags, *(line for warning, line in lines if warning)],
+            notes=[*summary.notes, *(line for warning, line in lines if not warning)],
+            data={**summary.data, "sanity": {"n": len(data), "figures": found["figures"], "skipped": found["skipped"]}},
+        )
 
     def _attack(self, run: Run) -> Attack:
         if self.attack is not None:
             if self.attack.threat != self.threat:
                 raise ValueError(f"attack has the threat {self.attack.threat}, the part {self.threat}; give the same")
             return self.attack
-        from robust_core.attacks import AutoAttack
-
-        return AutoAttack(self.threat, version=self.version, batch_size=run.batch_size)  # pyright: ignore
+        return AutoAttack(self.threat, version=self.version, batch_size=run.batch_size)
 
     def _summary(self, run: Run, table: Table, clean: np.ndarray) -> Summary:
         own = table["adversarial_distance"]
@@ -138,6 +164,12 @@ class Adversarial(Part):
         if self.attack is None:
             return [f"AutoAttack, version {self.version!r}"]
         return [f"attacked by {type(self.attack).__name__} alone, not by the standard AutoAttack"]
+
+
+def _known(checks: ModelChecks) -> set[str]:
+    """Return the flags of the sanity report that the checks of the model have raised, or noted, already."""
+    names = {"probabilities": checks.probabilities, "undeclared_randomness": checks.stochastic}
+    return {name for name, found in (names | {"zero_gradients": checks.zero_gradient}).items() if found}
 
 
 def _course(result: AttackResult) -> dict[str, Any]:
@@ -197,7 +229,8 @@ class SecurityCurve(Part):
         threat: gives the norm and, where ``eps`` is None, the scale of the grid.
         eps: radii; None means 0, 1/4, 1/2, 1, 2 and 4 times that of ``threat``. The radius at which every image
             can be turned grey is always added: an attack that leaves accuracy there is flagged.
-        attack: the attack whose ``threat`` is replaced along the grid; None means PGD with 40 steps.
+        attack: the attack whose ``threat`` is replaced along the grid; None means PGD with 40 steps, or Square
+            with 1000 queries where the model has no gradient.
         subset: number of evenly spaced samples, or None for all.
         name: prefix of the figures.
     """
@@ -222,13 +255,16 @@ class SecurityCurve(Part):
         grey = grey_radius(self.threat, size)
         return sorted({0.0, *map(float, wanted), *([] if grey is None else [grey])})
 
+    def _default(self, run: Run) -> Attack:
+        if run.checks.zero_gradient:
+            return Square(self.threat, n_iter=1000, batch_size=run.batch_size)
+        return PGD(self.threat, n_iter=40, batch_size=run.batch_size)
+
     def run(self, run: Run) -> Summary:
         """Measure ``run.model``."""
-        from robust_core.attacks import PGD
-
         data = run.subset(run.data, self.subset)
         grid = self.grid(data.inputs([0])[0].numel())
-        base = self.attack if self.attack is not None else PGD(self.threat, n_iter=40, batch_size=run.batch_size)
+        base = self.attack if self.attack is not None else self._default(run)
 
         def measure(batch: Batch) -> Measured:
             clean = predict_logits(run.model, batch.x, batch_size=run.batch_size).argmax(1) == batch.y

@@ -43,11 +43,17 @@ def adversarial(report: Report, part: dict[str, Any]) -> Section:
     cost = data["cost"]
     spent = f"{cost['forwards_per_sample']:,.0f} forward and {cost['backwards_per_sample']:,.0f} backward passes"
     notes = [*part["notes"], f"Spent on each sample: {spent}."]
+    sanity = data.get("sanity", {"figures": {}, "n": 0})
+    doubts = [[k.replace("_", " "), "–" if v is None else number(v)] for k, v in sanity["figures"].items()]
+    looked = Table(
+        ["what was looked at", "figure"], doubts, f"Signs of a failed attack, on {sanity['n']} samples", (1,)
+    )
     examples = _examples(report, name)
     return Section(
         title_of("Under attack", name, "adversarial"),
         [text],
         table=table_of(rows_of(report, entries)),
+        more=[looked] if doubts else [],
         notes=notes,
         examples=examples,
         examples_text="Samples that were right until the attacker changed them. The third picture is the change alone, "
