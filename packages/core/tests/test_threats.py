@@ -142,3 +142,13 @@ def test_names():
         L2(-1)
     with pytest.raises(ValueError, match="domain"):
         L2(1, (1.0, 0.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_domains_whose_ends_the_dtype_does_not_hold(kind, dtype):
+    threat = kind(0.3, (-0.1, 0.3))
+    x = threat.clamp((draw((50, 7), 3) * 0.4 - 0.1).to(dtype))
+    far = x + (draw((50, 7), 4) * 2 - 1).to(dtype)
+    assert threat.contains(threat.project(far, x), x).all()
+    assert threat.contains(threat.rescale(x, far - x, fill=True), x).all()

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -33,11 +34,22 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _round_towards(x: Tensor, step: Tensor) -> Tensor:
+def _round_towards(x: Tensor, step: Tensor | float) -> Tensor:
     """Return x + step (float64) in the dtype of ``x``, each stored difference at most ``|step|`` in float64."""
     wide = x.double()
     near = (wide + step).to(x.dtype)
-    return torch.where((near.double() - wide).abs() > step.abs(), torch.nextafter(near, x), near)
+    return torch.where((near.double() - wide).abs() > abs(step), torch.nextafter(near, x), near)
+
+
+@cache
+def _stored_bounds(domain: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:
+    """Return the lowest and highest values of ``dtype`` inside the domain, whose ends it may not hold."""
+    low, high = torch.tensor(domain, dtype=torch.float64).to(dtype)
+    if float(low) < domain[0]:
+        low = torch.nextafter(low, torch.full_like(low, torch.inf))
+    if float(high) > domain[1]:
+        high = torch.nextafter(high, torch.full_like(high, -torch.inf))
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class Threat(ABC):
 
     def clamp(self, x: Tensor) -> Tensor:
         """Return ``x`` clamped to the domain."""
-        return x if self.domain is None else x.clamp(*self.domain)
+        return x if self.domain is None else x.clamp(*_stored_bounds(self.domain, x.dtype))
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Return (B,) float64: the norm of the stored difference."""
@@ -104,9 +116,12 @@ class Threat(ABC):
         """
         if fill and x.dtype == torch.float32:
             return self._filled(x, delta.float())
+        return self._rescale(x, delta, self.eps, fill=fill)
+
+    def _rescale(self, x: Tensor, delta: Tensor, eps: Tensor | float, *, fill: bool = False) -> Tensor:
         wide = delta.double()
         # The factor keeps the rounding of the float64 norm itself on the safe side.
-        factor = self.eps * (1 - 1e-12) / self.norm(wide).clamp(min=1e-300)
+        factor = eps * (1 - 1e-12) / self.norm(wide).clamp(min=1e-300)
         if not fill:
             factor = factor.clamp(max=1.0)
         # Clamping moves every element towards x, so the norm cannot grow.
@@ -122,6 +137,14 @@ class Threat(ABC):
         factor = (self.eps * (1 - 2.0**-21) / length.clamp(min=1e-300)).clamp(max=1e30).float()
         near = torch.addcmul(x, delta, _column(factor, delta))
         return self.clamp(torch.nextafter(near, x))
+
+    def _land(self, x: Tensor, step: Tensor, eps: Tensor | float) -> Tensor:
+        """Return x + step inside the radius; only rows that rounding takes out of it pay for exact arithmetic."""
+        near = self.clamp((x + step).to(x.dtype))
+        outside = self.distance(near, x) > eps
+        if outside.device.type == "cpu" and not outside.any():
+            return near
+        return torch.where(_column(outside, near), self._rescale(x, step, eps), near)
 
     @classmethod
     @abstractmethod
@@ -178,8 +201,7 @@ class Linf(Threat):
 
     def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lowest and highest stored values allowed for each element of ``x``."""
-        step = torch.full_like(x, self.eps, dtype=torch.float64)
-        low, high = _round_towards(x, -step), _round_towards(x, step)
+        low, high = _round_towards(x, -self.eps), _round_towards(x, self.eps)
         return self.clamp(low), self.clamp(high)
 
     def frame(self, x: Tensor) -> dict[str, Tensor]:  # noqa: D102
@@ -212,7 +234,10 @@ class L2(Threat):
         return cls.norm(gradient)
 
     def project(self, x_adv: Tensor, x: Tensor, *, frame: Mapping[str, Tensor] | None = None) -> Tensor:  # noqa: D102
-        return self.rescale(x, x_adv.double() - x.double())
+        work = _work(x.dtype)
+        step = x_adv.to(work) - x.to(work)
+        shrink = (self.eps * (1 - _SLACK[work]) / self.norm(step).clamp(min=1e-30)).clamp(max=1.0)
+        return self._land(x, step.mul_(_column(shrink, step)), self.eps)
 
     def random_start(self, x: Tensor, streams: SampleStreams, *, draw: int | Tensor = 0) -> Tensor:  # noqa: D102
         d = x[0].numel()
@@ -245,26 +270,26 @@ class L1(Threat):
         """Project onto the L1 ball and the box *together* (Croce and Hein 2021, "Mind the box").
 
         The projection is ``sign(u) * min(max(|u| - dual, 0), cap)`` with one ``dual >= 0`` per sample, where
-        ``cap`` is the room each element has inside the domain. The norm is piecewise linear and decreasing in
-        ``dual``, with breakpoints at ``|u|`` and ``|u| - cap``: sorting them gives the root exactly.
+        ``cap`` is the room each element has inside the domain.
         """
         return self.project_within(x_adv, x, torch.full((len(x),), self.eps, dtype=torch.float64, device=x.device))
 
     def project_within(self, x_adv: Tensor, x: Tensor, radius: Tensor) -> Tensor:
         """Do as :meth:`project`, with a radius (B,) for each row in place of ``eps``."""
-        wide = _flat(x.double())
-        u = _flat(x_adv.double()) - wide
+        work = _work(x.dtype)
+        centre = _flat(x.to(work))
+        u = _flat(x_adv.to(work)) - centre
         size = u.abs()
         if self.domain is None:
             cap = size
         else:
-            cap = torch.where(u >= 0, self.domain[1] - wide, wide - self.domain[0]).clamp(min=0)
+            cap = torch.where(u >= 0, self.domain[1] - centre, centre - self.domain[0]).clamp(min=0)
             cap = torch.minimum(cap, size)  # beyond |u| a cap never binds
-        limit = radius.double()[:, None] * (1 - 1e-12)
-        kept = torch.minimum((size - _l1_dual(size, cap, limit)[:, None]).clamp(min=0), cap)
-        # The dual carries the rounding of elements much larger than a small radius.
-        kept *= (limit / kept.sum(1, keepdim=True).clamp(min=1e-300)).clamp(max=1.0)
-        return self.clamp(_round_towards(x, (u.sign() * kept).reshape(x.shape)))
+        limit = (radius.to(work) * (1 - _SLACK[work]))[:, None]
+        kept = torch.minimum((size - _l1_dual(size, cap, limit)).clamp_(min=0), cap)
+        # The dual is found to a relative accuracy, and carries the rounding of elements much larger than the radius.
+        kept *= (limit / kept.sum(1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
+        return self._land(x, torch.copysign(kept, u).reshape(x.shape), radius)
 
     def random_start(self, x: Tensor, streams: SampleStreams, *, draw: int | Tensor = 0) -> Tensor:
         """Draw uniformly in the L1 ball: normalised exponentials of random sign, radius U^(1/d)."""
@@ -291,30 +316,51 @@ class L1(Threat):
             count: (B,) int64 numbers of elements, clamped to 1 .. d.
         """
         size = _flat(gradient).abs()
-        ordered = size.sort(dim=1).values
-        rank = (size.shape[1] - count).clamp(0, size.shape[1] - 1)
-        chosen = size >= ordered.gather(1, rank[:, None])
-        signs = torch.where(chosen, _flat(gradient).sign(), 0.0)
+        count = count.clamp(1, size.shape[1])[:, None]
+        low, high = torch.zeros_like(size[:, :1]), size.amax(1, keepdim=True)
+        for _ in range(_HALVINGS):  # of the interval that holds the least size of the chosen; cheaper than a sort
+            middle = (low + high) / 2
+            enough = (size >= middle).sum(1, keepdim=True) >= count
+            low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+        enough = (size >= high).sum(1, keepdim=True) >= count
+        signs = torch.where(size >= torch.where(enough, high, low), _flat(gradient).sign(), 0.0)
         return (signs / signs.abs().sum(1, keepdim=True).clamp(min=1)).reshape(gradient.shape)
 
 
-def _l1_dual(size: Tensor, cap: Tensor, eps: Tensor) -> Tensor:
-    """Return (B,) the least dual >= 0 with sum min(max(size - dual, 0), cap) <= eps (B, 1).
+_HALVINGS = 20
+_SLACK = {torch.float32: 1e-6, torch.float64: 1e-12}  # of the radius, left to the rounding of norms
 
-    As ``dual`` falls, an element starts to count at ``size`` (slope +1) and stops growing at ``size - cap``.
+
+def _work(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the projections onto balls are computed."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _l1_dual(size: Tensor, cap: Tensor, eps: Tensor) -> Tensor:
+    """Return (B, 1) ``dual >= 0`` with ``sum min(max(size - dual, 0), cap) = eps`` (B, 1), or 0 where all fits.
+
+    The sum is piecewise linear and falls with ``dual``: Newton's method inside a shrinking bracket, which is halved
+    where a step would leave it. Rows rest once the sum is right to the accuracy of the dtype, so that no row's bits
+    depend on another's.
     """
-    points = torch.cat([size, size - cap], dim=1)
-    slopes = torch.cat([torch.ones_like(size), -torch.ones_like(size)], dim=1)
-    points, order = points.sort(dim=1, descending=True)
-    slope = slopes.gather(1, order).cumsum(1)  # slope of the norm just below each breakpoint
-    gaps = points[:, :-1] - points[:, 1:]
-    norm = torch.cat([torch.zeros_like(points[:, :1]), (slope[:, :-1] * gaps).cumsum(1)], dim=1)
-    segment = (norm <= eps).sum(1, keepdim=True) - 1  # the last breakpoint at which the norm still fits
-    start, height = points.gather(1, segment), norm.gather(1, segment)
-    slope = slope.gather(1, segment).clamp(min=1)
-    last = segment == points.shape[1] - 1
-    dual = torch.where(last, torch.zeros_like(start), start - (eps - height) / slope)
-    return torch.where(cap.sum(1, keepdim=True) <= eps, 0.0, dual.clamp(min=0)).squeeze(1)
+    low, high = torch.zeros_like(eps), size.amax(1, keepdim=True)
+    rest = cap.sum(1, keepdim=True) <= eps
+    dual = torch.where(rest, low, ((size.sum(1, keepdim=True) - eps) / size.shape[1]).clamp(min=0))
+    for _ in range(_NEWTON_STEPS):
+        shrunk = size - dual
+        excess = torch.minimum(shrunk.clamp(min=0), cap).sum(1, keepdim=True) - eps
+        rest = rest | (excess.abs() <= _SLACK[size.dtype] * eps)
+        if rest.device.type == "cpu" and rest.all():
+            break
+        low, high = torch.where(excess > 0, dual, low), torch.where(excess > 0, high, dual)
+        slope = ((shrunk > 0) & (shrunk < cap)).sum(1, keepdim=True)
+        step = dual + excess / slope.clamp(min=1)
+        inner = (step > low) & (step < high) & (slope > 0)
+        dual = torch.where(rest, dual, torch.where(inner, step, (low + high) / 2))
+    return dual
+
+
+_NEWTON_STEPS = 40
 
 
 _BY_NAME = {"linf": Linf, "inf": Linf, "l2": L2, "2": L2, "l1": L1, "1": L1}
