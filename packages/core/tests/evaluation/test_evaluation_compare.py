@@ -15,6 +15,7 @@ from robust_core.evaluation import (
     Leaderboard,
     compare,
     evaluate,
+    spread,
 )
 from robust_core.evaluation.arrays import save_arrays
 from robust_core.io import write_json
@@ -28,12 +29,12 @@ def store(report, folder):
     write_json(folder / "result.json", report.document)
 
 
-def measure(name, *, kind="plain", n=80, eps=0.1, preprocessing=""):
+def measure(name, *, kind="plain", n=80, eps=0.1, preprocessing="", seed=0):
     x, y = digits()
     data = Dataset(x[:n], y[:n], name="digits", preprocessing=preprocessing)
     threat = Linf(eps)
     parts = [Clean(), Calibration(), Adversarial(threat, attack=PGD(threat, n_iter=10), sanity=0)]
-    return evaluate(digits_cnn(kind), data, parts, name=name)
+    return evaluate(digits_cnn(kind, seed=seed), data, parts, name=name)
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +121,13 @@ def test_empty_folders_and_single_reports_say_so(pair, tmp_path):
     with pytest.raises(ValueError, match="no report has"):
         compare(pair, ["clean/nothing"])
     assert np.isfinite(compare(pair).rows[0].figures["clean/accuracy"].value)
+
+
+def test_spread_over_seeds_shows_every_value(pair):
+    third = measure("third", kind="plain", seed=1)
+    found = spread([*pair, third])["clean/accuracy"]
+    values = [r["clean/accuracy"].value for r in (*pair, third)]
+    assert found.values == tuple(values)
+    assert (found.mean, found.sd) == (pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1)))
+    with pytest.raises(ValueError, match="3 of 2 different models"):
+        spread([*pair, pair[0]])

@@ -313,7 +313,7 @@ def test_small_documents_render_too():
     x, y = digits()
     report = evaluate(lambda x: x.flatten(1)[:, :10] * 3, (x[:3], y[:3]), [Clean(), Calibration()])
     assert "not measured" in report.html()
-    assert check_document(report.document)["details"]["parameters"] == 0
+    assert check_document(report.document)["details"]["cost"]["parameters"] == 0
 
 
 @pytest.mark.quick

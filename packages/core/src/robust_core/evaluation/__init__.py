@@ -5,7 +5,7 @@
 :mod:`robust_core.evaluation.metrics`.
 """
 
-from robust_core.evaluation.compare import Comparison, IncomparableError, Leaderboard, compare
+from robust_core.evaluation.compare import Comparison, IncomparableError, Leaderboard, compare, spread
 from robust_core.evaluation.evaluate import evaluate
 from robust_core.evaluation.invariant import InvariantError
 from robust_core.evaluation.metrics.estimate import Estimate
@@ -49,4 +49,5 @@ __all__ = [
     "compare",
     "evaluate",
     "reference_of",
+    "spread",
 ]

@@ -25,7 +25,7 @@ from robust_core.evaluation.metrics.paired import Paired, compare_correct
 from robust_core.evaluation.report import RESULT, Report
 from robust_core.random import Seed
 
-__all__ = ["COLUMNS", "Comparison", "IncomparableError", "Leaderboard", "Row", "compare"]
+__all__ = ["COLUMNS", "Comparison", "IncomparableError", "Leaderboard", "Row", "Spread", "compare", "spread"]
 
 
 class IncomparableError(RobustError):
@@ -188,6 +188,44 @@ def compare(reports: Sequence[Report], columns: Sequence[str] | None = None, *, 
                 if test is not None:
                     paired[labels[i], labels[j], part] = test
     return Comparison(names, rows, paired)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One figure over several training runs: another thing than its sampling interval.
+
+    Attributes:
+        values: the figure of each report, in the order given; all are shown, none is the best.
+        mean: their mean.
+        sd: their standard deviation (n - 1).
+    """
+
+    values: tuple[float, ...]
+    mean: float
+    sd: float
+
+
+def spread(reports: Sequence[Report], columns: Sequence[str] | None = None) -> dict[str, Spread]:
+    """Return figure -> spread over models of the same recipe trained from different seeds.
+
+    Args:
+        reports: at least three, of different models, on the same data.
+        columns: names of figures; None takes those of :data:`COLUMNS` that all have.
+
+    Raises:
+        IncomparableError: a column would mix different data, n, radii or preprocessing.
+        ValueError: fewer than three reports, or the same model twice.
+    """
+    models = {report.document["model_sha256"] for report in reports}
+    if len(reports) < 3 or len(models) < len(reports):
+        raise ValueError(f"reports: {len(reports)} of {len(models)} different models; at least three are needed")
+    found = {}
+    for column in _columns(reports, columns):
+        _check_column(reports, column)
+        if all(column in report.document["figures"] for report in reports):
+            values = [report[column].value for report in reports]
+            found[column] = Spread(tuple(values), float(np.mean(values)), float(np.std(values, ddof=1)))
+    return found
 
 
 def _labels(reports: Sequence[Report]) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from robust_core.checks import check_count, check_finite
 from robust_core.claim import versions
 from robust_core.data import Dataset, as_dataset
+from robust_core.evaluation.cost import cost_of
 from robust_core.evaluation.metrics.estimate import Estimate
 from robust_core.evaluation.model_checks import check_model
 from robust_core.evaluation.parts import Adversarial, Calibration, Clean, Part, SecurityCurve, Summary
@@ -21,7 +22,7 @@ from robust_core.evaluation.report import Report, merge
 from robust_core.evaluation.run import Run
 from robust_core.evaluation.schema import SCHEMA, threat_json
 from robust_core.models import Classifier, model_device
-from robust_core.random import Seed, resolve_seed
+from robust_core.random import Seed, reseeded, resolve_seed
 from robust_core.threats import Threat
 
 __all__ = ["evaluate"]
@@ -152,7 +153,8 @@ def _document(
     flags = [*run.checks.flags, *(flag for summary in found for flag in summary.flags)]
     threats = [threat for part in parts if (threat := getattr(part, "threat", None)) is not None]
     model = run.model
-    parameters = sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else 0
+    with reseeded(run.seed, run.device):
+        cost = cost_of(model, x)
     return {
         "schema": SCHEMA,
         "threat": threat_json(threats[0] if threats else None),
@@ -173,7 +175,7 @@ def _document(
             "classes": [str(c) for c in run.data.classes],
             "n_classes": run.n_classes,
             "input_shape": list(x.shape[1:]),
-            "parameters": parameters,
+            "cost": cost,
             "checks": run.checks.as_json(),
             "batch_size": run.batch_size,
             "notes": list(run.checks.notes),

@@ -66,7 +66,7 @@ def render(report: Report) -> str:
     comparisons = build.invariant(report)
     if comparisons is not None:
         sections.append(comparisons)
-    parameters = document["details"]["parameters"]
+    parameters = document["details"]["cost"]["parameters"]
     return _template().render(
         d=document,
         parameters=f"{parameters:,}" if parameters else "",
@@ -117,6 +117,7 @@ def _provenance(report: Report) -> list[tuple[str, str]]:
         ("data", f"{d['data']}, SHA-256 {d['data_sha256'][:16]}…"),
         ("preprocessing", details["preprocessing"] or "none stated"),
         ("input", f"{' × '.join(map(str, details['input_shape']))}, before normalisation"),
+        ("cost", _cost(details["cost"])),
         ("seed", f"{d['seed']}: streams belong to samples, figures do not depend on the batch size"),
         ("device", d["device"]),
         ("time", f"{d['seconds']:,.1f} s"),
@@ -124,6 +125,11 @@ def _provenance(report: Report) -> list[tuple[str, str]]:
         ("files", "result.json (all figures), per_sample.npz (every sample, for paired tests)"),
     ]
     return [*rows, *(("note", note) for note in details["notes"])]
+
+
+def _cost(cost: dict[str, Any]) -> str:
+    flops = "" if cost["flops"] is None else f"{number(cost['flops'] / 1e6)} million operations for a sample, "
+    return f"{cost['parameters']:,} parameters, {flops}{number(cost['forward_ms'])} ms for {cost['rows']} samples"
 
 
 def _settings(report: Report) -> Table:

@@ -257,5 +257,6 @@ def _identify(value: Any, depth: int) -> Any:
     elif callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     else:
-        fields = dict(sorted(vars(value).items())) if hasattr(value, "__dict__") else {}
+        public = vars(value) if hasattr(value, "__dict__") else {}
+        fields = {k: v for k, v in sorted(public.items()) if not k.startswith("_")}
     return {"type": type(value).__qualname__, **{k: describe(v, depth - 1) for k, v in fields.items()}}

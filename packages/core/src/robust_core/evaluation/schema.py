@@ -112,7 +112,7 @@ DETAILS: dict[str, Callable[[Any], bool]] = {
     "classes": _texts,
     "n_classes": _count,
     "input_shape": _plain,
-    "parameters": _count,
+    "cost": _plain,
     "checks": _plain,
     "batch_size": _count,
     "notes": _texts,
