@@ -182,3 +182,8 @@ def test_shapes():
         assert streams(5).normal(shape).shape == (5, *shape)
         assert streams(5).words(shape).shape == (5, *shape)
     assert streams(0).uniform((3,)).shape == (0, 3)
+
+
+def test_chunks_of_a_sample_never_share_a_native_seed():
+    low = {stream(3, 17, "noise", chunk=chunk).initial_seed() & 0xFFFFFFFF for chunk in range(20_000)}
+    assert len(low) == 20_000  # the CPU generator heeds no more than these 32 bits

@@ -52,9 +52,15 @@ def derive(seed: int, *path: int | str) -> int:
 def stream(
     seed: int, index: int, purpose: str, *, chunk: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """Return the generator of chunk ``chunk`` of sample ``index`` for one ``purpose``."""
+    """Return the generator of chunk ``chunk`` of sample ``index`` for one ``purpose``.
+
+    On the CPU a native generator heeds only the low 32 bits of its seed, so that hashed seeds of many chunks would
+    coincide now and then. Those of one sample and purpose never do here: an odd multiple of the chunk is added.
+    """
     generator = torch.Generator(device=device)
-    generator.manual_seed(derive(seed, purpose, index, chunk))
+    base = derive(seed, purpose, index)
+    low = (base + 0x9E3779B9 * chunk) & 0xFFFFFFFF
+    generator.manual_seed((base >> 32 << 32) | low)
     return generator
 
 

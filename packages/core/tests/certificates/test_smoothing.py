@@ -62,7 +62,7 @@ def x():
 def test_radius_of_a_linear_classifier_tends_to_its_distance(halfspace, x):
     distance = halfspace.distance(x)
     for sigma in (0.3, 1.0):
-        certificate = Smoothing(halfspace, sigma, n_samples=40_000).certify(x)
+        certificate = Smoothing(halfspace, sigma, n0=4000, n_samples=40_000).certify(x)
         assert certificate.counts()["certified"] >= 8
         sure = certificate.certified
         exact = distance.abs()

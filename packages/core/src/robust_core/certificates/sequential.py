@@ -27,8 +27,8 @@ from robust_core.checks import check_number
 
 __all__ = ["crossing_boundary", "crossing_probability"]
 
-_ROUNDING = 1e-14
-"""More than the absolute error of one convolution of probabilities; charged to the budget at every look."""
+_ROUNDING = 1e-12
+"""More than the error of a tail after one more convolution of probabilities; charged to the budget at every look."""
 _RELATIVE = 1e-7
 """Relative part of the budget kept back for rounding of the binomial probabilities."""
 _NEGLIGIBLE = 1e-17
