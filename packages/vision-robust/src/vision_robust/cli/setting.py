@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from robust_core.device import choose_device
 from torch import nn
 
 from robust_core.certificates import Crown, IntervalBounds, LipschitzCertifier, Smoothing
 from robust_core.data import Dataset, load
+from robust_core.device import choose_device
 from robust_core.errors import ResourceError
 from robust_core.evaluation import (
     Adversarial,
@@ -116,7 +116,7 @@ def choose_parts(
     builders = {
         "clean": lambda: Clean(),
         "calibration": lambda: Calibration(),
-        "adversarial": lambda: Adversarial(threat, version=version),
+        "adversarial": lambda: Adversarial(threat, version=cast("Any", version)),
         "curve": lambda: SecurityCurve(threat),
         "corruptions": lambda: Corruptions(profile=profile or size_profile),
         "certified": lambda: Certified(Smoothing(setting.model, sigma, n_samples=10_000)),

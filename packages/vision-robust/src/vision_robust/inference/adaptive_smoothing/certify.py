@@ -56,7 +56,15 @@ class MixedSmoothing:
         _check_weight(self.mixing_weight)
         check_choice("smoothing.votes", self.smoothing.votes, ("hard",))
 
-    def certify(self, x: Tensor, y: Tensor | None = None, *, generator: Seed = None, **more: Any) -> Certificate:
+    def certify(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+        generator: Seed = None,
+        **more: Any,
+    ) -> Certificate:
         """Certify (B, ...) inputs; arguments are those of ``Smoothing.certify`` but for ``radius``.
 
         Raises:
@@ -64,7 +72,7 @@ class MixedSmoothing:
         """
         if more.get("radius") is not None:
             raise ValueError("radius: decide at a radius with tolerance=… instead; the mixture needs the vote itself")
-        inner = self.smoothing.certify(x, y, generator=generator, **more)
+        inner = self.smoothing.certify(x, y, index=index, generator=generator, **more)
         radius = certify_mixed_smoothing(
             inner.details["p_lower"],
             sigma=self.smoothing.sigma,
