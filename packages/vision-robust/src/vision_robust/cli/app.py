@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -95,9 +95,7 @@ def attack(
     n: N = None,
     norm: Norm = "linf",
     eps: Eps = "8/255",
-    version: Annotated[
-        str, typer.Option(help="standard, plus, rand or fast (a quick look, marked as such).")
-    ] = "standard",
+    version: Version = "standard",
     seed: Seed = 0,
     device: Device = "auto",
     batch_size: BatchSize = 256,
@@ -115,7 +113,7 @@ def attack(
     setting = prepare(
         model, data, weights=weights, normalise=normalise, **where, seed=seed, device=device, batch_size=batch_size
     )
-    _measure(setting, [Clean(), Adversarial(threat, version=version)], resume=resume, out=out, json=json)
+    _measure(setting, [Clean(), Adversarial(threat, version=cast("Any", version))], resume=resume, out=out, json=json)
 
 
 @app.command()
