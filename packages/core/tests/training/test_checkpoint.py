@@ -153,23 +153,60 @@ def test_no_checkpoint_left_to_use_is_an_error_not_a_fresh_start(tmp_path: Path)
 
 
 def test_hostile_weights_in_a_checkpoint_run_nothing(tmp_path: Path) -> None:
-    import hashlib
-
     tiny_run(tmp_path / "good", keep=1)
     (good,) = (tmp_path / "good").iterdir()
     files = [p for p in hostile_files(tmp_path / "hostile", tmp_path / "trap") if p.is_file()]
     for number, path in enumerate(files):
         folder = tmp_path / f"run-{number}" / good.name
         shutil.copytree(good, folder)
-        shutil.copy(path, folder / "tensors.safetensors")
-        manifest = json.loads((folder / "manifest.json").read_text())
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()  # whoever forges weights can forge a hash
-        manifest["files"]["tensors.safetensors"] = {"bytes": path.stat().st_size, "sha256": digest}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        _forge(folder, "tensors.safetensors", path.read_bytes())
         with pytest.raises(CheckpointError, match=r"tensors\.safetensors"):
             tiny_run(folder.parent)
     assert len(files) >= 30
     assert not (tmp_path / "trap").exists()
+
+
+def _forge(checkpoint: Path, name: str, data: bytes) -> None:
+    """Replace a file and its hash: whoever forges the one can forge the other."""
+    import hashlib
+
+    (checkpoint / name).write_bytes(data)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_forged_state_is_refused_or_harmless(tmp_path: Path) -> None:
+    import random
+
+    tiny_run(tmp_path / "good", keep=1, on_step=_stop_at(3))
+    (good,) = (tmp_path / "good").iterdir()
+    text, draw, refused = (good / "state.json").read_text(), random.Random(0), 0
+    for case in range(60):
+        folder = tmp_path / f"run-{case}"
+        shutil.copytree(good, folder / good.name)
+        place = draw.randrange(len(text))
+        forged = text[:place] + draw.choice('0917"{}[],:-eantx') + text[place + draw.choice((0, 1)) :]
+        _forge(folder / good.name, "state.json", forged.encode())
+        try:
+            tiny_run(folder)
+        except RobustError:
+            refused += 1
+    assert refused > 30
+
+
+@pytest.mark.parametrize(
+    ("counter", "value"),
+    [("batch", 10**6), ("batch", -1), ("stage", 1), ("stage", True), ("step", "3"), ("epoch", None)],
+)
+def test_counters_that_cannot_be_are_refused(tmp_path: Path, counter: str, value: object) -> None:
+    tiny_run(tmp_path, keep=1, on_step=_stop_at(3))
+    (only,) = tmp_path.iterdir()
+    document = json.loads((only / "state.json").read_text())
+    document["counters"][counter] = value
+    _forge(only, "state.json", json.dumps(document).encode())
+    with pytest.raises(CheckpointError, match=r"stage|counter|does not fit"):
+        tiny_run(tmp_path)
 
 
 @pytest.mark.parametrize(

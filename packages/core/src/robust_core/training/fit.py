@@ -199,6 +199,7 @@ class _Run:
             scaler=torch.amp.GradScaler(device.type) if half else None,
             seed=seed,
         )
+        self.resumed = False
         self.recent: list[tuple[int, Tensor, Mapping[str, Tensor]]] = []
         self.clock = time.perf_counter()
 
@@ -260,15 +261,16 @@ class _Run:
             raise CheckpointError(
                 f"the checkpoint is of another run ({'; '.join(differing)}); use another folder, or the same arguments"
             )
-        try:
-            last = int(document["counters"]["stage"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint's counters cannot be read: {error}") from error
-        if not 0 <= last < len(self.stages):
+        counters = document.get("counters")
+        last = counters.get("stage") if isinstance(counters, dict) else None
+        if not isinstance(last, int) or not 0 <= last < len(self.stages):
             raise CheckpointError(f"the checkpoint is of stage {last}; this run has {len(self.stages)}")
         for number in range(last + 1):
             self._enter(number)
         self.state.restore(tensors, document)
+        if self.state.stage != last or self.state.batch >= self.per_epoch:
+            raise CheckpointError("the checkpoint's counters contradict each other")
+        self.resumed = True
         _LOGGER.info("going on from step %d (epoch %d)", self.state.step, self.state.epoch)
 
     def _same_start(self) -> None:
@@ -352,8 +354,14 @@ class _Run:
         state.optimiser.zero_grad(set_to_none=True)
         loss = self._backward(batch)
         sum_gradients(self.parameters)
-        if self._update() and state.schedule is not None:
-            state.schedule.step()
+        try:
+            if self._update() and state.schedule is not None:
+                state.schedule.step()
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            if self.resumed:  # its hash was right: someone forged it, or it is of another kind of optimiser
+                raise CheckpointError(f"the optimiser cannot go on from the checkpoint: {error!r:.400}") from error
+            raise
+        self.resumed = False
         average_buffers(state.model)
         after = getattr(state.objective, "after_step", None)
         if after is not None:

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 __all__ = ["Batch", "Loss", "Objective", "Stage"]
 
 Batch = Mapping[str, Any]
-"""``{"x": (B, ...), "y": (B,), "index": (B,) int64, ...}``; ``index`` is the position in the original data."""
+"""``{"x": (B, ...), "y": (B,), "index": (B,) int64, ...}``; ``index`` is the position in the original data.
+
+:func:`robust_core.training.fit` adds ``step`` and ``seed`` of the run (int) and ``share`` in [0, 1], how much of the
+stage is done; an objective must also work without them."""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,8 @@ def _plain(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _mean(loss: Criterion, logits: Tensor, y: Tensor) -> Tensor:
-    refuse_bad_labels(logits, y)
+    if loss is F.cross_entropy:  # another loss may give other values a meaning, such as -100 for "ignore"
+        refuse_bad_labels(logits, y)
     return loss(logits, y)
 
 
@@ -124,8 +125,8 @@ class Adversarial(RandomObjective):
     """Minimise the mean of ``loss`` on inputs that an attacker has moved.
 
     Args:
-        attack: any attack; :class:`~robust_core.training.FastPGD` is the quick one. An iterative attack of
-            :mod:`robust_core.attacks` stops at the first broken point of a sample and is weaker as a teacher.
+        attack: any attack; :class:`~robust_core.training.FastPGD` is the quick one. Of an attack that stops at the
+            first broken point of a sample, which is weaker as a teacher, ask for the last one: ``PGD(keep="last")``.
         loss: (logits, y) -> scalar.
         generator: seed.
     """
