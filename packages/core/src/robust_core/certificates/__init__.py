@@ -1,5 +1,7 @@
 """Certifiers: ``certifier.certify(x, y=None) -> Certificate``; what is not proved is never called certified."""
 
+from robust_core.certificates.bounds import Crown, IntervalBounds, robust_cross_entropy
+from robust_core.certificates.lipschitz import LipschitzCertifier
 from robust_core.certificates.mixed import (
     certify_mixed_lipschitz,
     certify_mixed_smoothing,
@@ -32,6 +34,9 @@ __all__ = [
     "About",
     "Certificate",
     "Certifier",
+    "Crown",
+    "IntervalBounds",
+    "LipschitzCertifier",
     "SmoothedClassifier",
     "Smoothing",
     "SmoothingState",
@@ -55,6 +60,7 @@ __all__ = [
     "normal_cdf_upper",
     "normal_quantile_lower",
     "normal_quantile_upper",
+    "robust_cross_entropy",
     "smoothed_lipschitz",
     "split_alpha",
 ]

@@ -132,8 +132,10 @@ def _tighten_one(analysis: Analysis, position: int, operator: Activation, *, max
         lower.append(both[:, : part.shape[1]])
         upper.append(-both[:, part.shape[1] :])
     flat_lower, flat_upper = box.lower.flatten(1), box.upper.flatten(1)
-    new_lower = torch.maximum(flat_lower.gather(1, units), torch.cat(lower, dim=1))
-    new_upper = torch.minimum(flat_upper.gather(1, units), torch.cat(upper, dim=1))
+    wanted = loose.gather(1, units)  # rows that fill up to the longest stay as they are: no sample sees its batch
+    old_lower, old_upper = flat_lower.gather(1, units), flat_upper.gather(1, units)
+    new_lower = torch.where(wanted, torch.maximum(old_lower, torch.cat(lower, dim=1)), old_lower)
+    new_upper = torch.where(wanted, torch.minimum(old_upper, torch.cat(upper, dim=1)), old_upper)
     analysis.boxes[position] = type(box).ends(
         flat_lower.scatter(1, units, new_lower).reshape(box.lower.shape),
         flat_upper.scatter(1, units, new_upper).reshape(box.upper.shape),

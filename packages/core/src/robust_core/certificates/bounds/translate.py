@@ -231,6 +231,10 @@ def _sub(site: Site, input: Any, other: Any, alpha: float = 1) -> Made:
     return _scaled(site, _source(site, other), -1.0, input)
 
 
+def _rsub(site: Site, input: Any, other: Any, alpha: float = 1) -> Made:
+    return _sub(site, other, input, alpha)
+
+
 def _mul(site: Site, input: Any, other: Any) -> Made:
     if isinstance(input, Ref) and isinstance(other, Ref):
         site.refuse("multiplies values that both depend on the input (no linear rule)")
@@ -452,11 +456,13 @@ _RULES: dict[str, Callable[..., Made]] = {
     "sum": _reduction("sum"),
     "add": _add,
     "sub": _sub,
+    "rsub": _rsub,
     "mul": _mul,
     "div": _div,
     "neg": _neg,
     "cat": _cat,
     "pad": _pad,
+    "constant_pad_nd": lambda site, input, pad, value=0: _pad(site, input, pad, value=value),
     "permute": _permute,
     "transpose": _transpose,
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"), _same),

@@ -37,6 +37,9 @@ class Sum(Operator):
         radius = (1 + 2 * gamma) * (radius + gamma * size) + 2 * rounding.tiny
         return Box.around(centre, torch.where(size < rounding.largest / 4, radius, torch.inf), outward=True)
 
+    def carry(self, *errors: Tensor) -> Tensor:
+        return errors[0] + errors[1]
+
     def backward(
         self, rows: Tensor, boxes: Sequence[Box], slopes: Tensor | None, rounding: Rounding | None
     ) -> tuple[list[Tensor], Tensor | None]:

@@ -86,6 +86,10 @@ class Operator(ABC):
         """
         return None
 
+    def carry(self, *errors: Tensor) -> Tensor:
+        """Return (B, *shape): how far the output can move when the inputs move by at most ``errors``, elementwise."""
+        return self.evaluate(*errors)  # rearrangements, concatenation, maxima, activations of slope at most 1
+
 
 class Affine(Operator):
     """``y = W x + b``: all that differs between linear layers is how W, |W| and their transposes are applied."""
@@ -160,6 +164,9 @@ class Affine(Operator):
         constant = None if bias is None else contract(rows, bias.expand(self.shape))
         pulled = self.transpose(rows.flatten(0, 1))
         return [pulled.unflatten(0, rows.shape[:2])], constant
+
+    def carry(self, *errors: Tensor) -> Tensor:  # noqa: D102
+        return self.apply_absolute(errors[0])
 
     def error(self, boxes: Sequence[Box], rounding: Rounding) -> Tensor | None:  # noqa: D102
         n = self.terms + 8
