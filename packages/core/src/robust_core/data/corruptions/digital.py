@@ -69,33 +69,33 @@ def _box_down(x: Tensor, share: float) -> Tensor:
     """Average the boxes of the last dimension, in bytes (0 .. 255)."""
     n = x.shape[-1]
     first, count = (t.to(x.device) for t in _box_rows(n, int(n * share)))
-    sums = torch.nn.functional.pad(x.to(torch.float64).cumsum(-1), (1, 0))
-    total = sums.index_select(-1, first + count) - sums.index_select(-1, first)
-    return torch.floor(total / count + 0.5)
+    sums = torch.nn.functional.pad(x.cumsum(-1), (1, 0))  # whole numbers below 2**24: exact in float32
+    total = sums.index_select(-1, first + count).sub_(sums.index_select(-1, first))
+    return total.div_(count).add_(0.5).floor_()
 
 
 def pixelate(x: Tensor, c: tuple[float, ...], _: Draws, __: Setting) -> Tensor:
     """Average boxes down to a share c of the side, and repeat them, in bytes as Pillow's BOX filter does."""
     h, w = x.shape[-2:]
-    small = _box_down(torch.floor(x * 255 + 0.5), c[0])
-    small = _box_down(small.transpose(2, 3), c[0]).transpose(2, 3)
+    small = _box_down((x * 255).add_(0.5).floor_(), c[0])
+    small = _box_down(small.transpose(2, 3).contiguous(), c[0]).transpose(2, 3).div_(255)
     rows, columns = (
         ((torch.arange(n, device=x.device, dtype=torch.float64) + 0.5) * (m / n)).to(torch.int64)
         for n, m in ((h, small.shape[-2]), (w, small.shape[-1]))
     )
-    return (small.index_select(2, rows).index_select(3, columns) / 255).to(x.dtype)
+    return small.index_select(3, columns).index_select(2, rows)
 
 
 def jpeg_compression(x: Tensor, c: tuple[float, ...], _: Draws, __: Setting) -> Tensor:
     """Baseline JPEG of quality c, by Pillow (libjpeg) image by image on the CPU, as in the original."""
-    images = torch.floor(x * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    images = (x * 255).add_(0.5).to(torch.uint8).cpu().permute(0, 2, 3, 1).contiguous().numpy()
     out = np.empty_like(images)
     for row, image in enumerate(images):
         file = io.BytesIO()
         Image.fromarray(image[..., 0] if x.shape[1] == 1 else image).save(file, "JPEG", quality=int(c[0]))
         with Image.open(file, formats=("JPEG",)) as decoded:
             out[row] = np.asarray(decoded).reshape(image.shape)
-    return torch.from_numpy(out).to(x.device).permute(0, 3, 1, 2).to(x.dtype) / 255
+    return torch.from_numpy(out).to(x.device).permute(0, 3, 1, 2).contiguous().to(x.dtype).div_(255)
 
 
 def saturate(x: Tensor, c: tuple[float, ...], _: Draws, __: Setting) -> Tensor:

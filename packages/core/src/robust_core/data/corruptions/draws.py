@@ -58,6 +58,10 @@ class Draws:
             getattr(row, method)(generator=self.generator(index))
         return out
 
+    def select(self, rows: Tensor) -> Draws:
+        """Return the draws of some images (a boolean mask)."""
+        return Draws(self.seed, torch.tensor(self.index)[rows.cpu()], self.purpose, self.device)
+
     def generator(self, index: int) -> torch.Generator:
         """Return the generator of one image for the current call."""
         return stream(self.seed, index, self.purpose, chunk=self.calls, device=self.device)

@@ -174,7 +174,7 @@ def plasma(uniform: Tensor, decay: float) -> Tensor:
     each halving of the step, as in the original code; the map is periodic.
     """
     n = uniform.shape[-1]
-    noise = uniform.to(torch.float64) * 2 - 1
+    noise = uniform * 2 - 1
     field = torch.zeros_like(noise)
     step, wobble = n, 100.0
     while step >= 2:
@@ -189,5 +189,5 @@ def plasma(uniform: Tensor, decay: float) -> Tensor:
         sides = (slice(None), slice(half, None, step), slice(None, None, step))
         field[sides] = (centres + centres.roll(1, 2) + corners + corners.roll(-1, 1)) / 4 + wobble**2 * noise[sides]
         step, wobble = half, wobble / decay
-    field = field - field.amin((1, 2), keepdim=True)
-    return (field / field.amax((1, 2), keepdim=True)).to(torch.float32)
+    field -= field.amin((1, 2), keepdim=True)
+    return field.div_(field.amax((1, 2), keepdim=True))
