@@ -273,6 +273,40 @@ def test_a_run_of_several_stages_resumes_in_the_right_one(tmp_path: Path) -> Non
         assert torch.equal(run(tmp_path / f"b{step}").weight, whole.weight)
 
 
+def test_what_on_epoch_sets_is_there_after_a_resume_in_the_middle(tmp_path: Path) -> None:
+    from robust_core.training import Loss, fit
+
+    class Ramped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("epochs_seen", torch.zeros(()))
+
+        def on_epoch(self, epoch: int, epochs: int) -> None:
+            self.weight = 1 + epoch / epochs  # a plain attribute
+            self.epochs_seen += 1  # and a buffer, which must not count the epoch twice
+
+        def forward(self, model: torch.nn.Module, batch: Any) -> Loss:
+            outputs = model(batch["x"])
+            return Loss(self.weight * self.epochs_seen * torch.nn.functional.cross_entropy(outputs, batch["y"]))
+
+    def run(folder: Path, **options: Any) -> torch.Tensor:
+        model = torch.nn.Linear(3, 2)
+        torch.nn.init.zeros_(model.weight)
+        torch.nn.init.zeros_(model.bias)
+        x = torch.rand(12, 3, generator=torch.Generator().manual_seed(0))
+        data = x, (x.sum(1) > 1.5).long()
+        fit(model, data, Ramped(), epochs=2, batch_size=4, checkpoint=folder, optimiser=_sgd, **options)
+        return model.weight
+
+    whole = run(tmp_path / "a")
+    run(tmp_path / "b", on_step=_stop_at(5))
+    assert torch.equal(run(tmp_path / "b"), whole)
+
+
+def _sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
 def test_a_longer_run_goes_on_from_a_shorter_one(tmp_path: Path, wanted: str) -> None:
     from robust_core.training import fit
 

@@ -188,6 +188,8 @@ class _Run:
     ) -> None:
         self.source, self.stages, self.settings, self.device = source, stages, settings, device
         self.per_epoch = n_batches(len(source), check_count("batch_size", settings.batch_size, low=world()))
+        if not self.per_epoch:
+            raise ValueError(f"data holds {len(source)} samples, fewer than the {world()} processes")
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore
         half = settings.precision == "fp16"
@@ -270,6 +272,10 @@ class _Run:
         self.state.restore(tensors, document)
         if self.state.stage != last or self.state.batch >= self.per_epoch:
             raise CheckpointError("the checkpoint's counters contradict each other")
+        if self.state.batch:  # what on_epoch keeps in plain attributes is not in the checkpoint: say it again
+            before = sum(stage.epochs for stage in self.stages[:last])
+            self._tell_epoch(self.state.epoch - before, self.stages[last].epochs)
+            self.state.restore(tensors, document)
         self.resumed = True
         _LOGGER.info("going on from step %d (epoch %d)", self.state.step, self.state.epoch)
 
@@ -302,10 +308,8 @@ class _Run:
     def _epoch(self, epoch: int, epochs: int) -> bool:
         """Train for one epoch, or what is left of it; return False if the user wants to stop."""
         state, settings = self.state, self.settings
-        hook = getattr(state.objective, "on_epoch", None)
-        if hook is not None and state.batch == 0:
-            seed_generators(derive(state.seed, "epoch", state.epoch), self.device)
-            hook(epoch, epochs)
+        if state.batch == 0:
+            self._tell_epoch(epoch, epochs)
         state.model.train()
         order = settings.order(state.seed, state.epoch, len(self.source))
         if order.shape != (len(self.source),):
@@ -334,6 +338,12 @@ class _Run:
             if not wanted:
                 return False
         return True
+
+    def _tell_epoch(self, epoch: int, epochs: int) -> None:
+        hook = getattr(self.state.objective, "on_epoch", None)
+        if hook is not None:
+            seed_generators(derive(self.state.seed, "epoch", self.state.epoch), self.device)
+            hook(epoch, epochs)
 
     def _over(self) -> bool:
         return self.state.epoch == sum(stage.epochs for stage in self.stages)
