@@ -15,7 +15,7 @@ from robust_core.threats import L1, L2, Linf
 THREATS = (Linf(0.15), L2(0.8), L1(4.0))
 
 
-def _report(model, threat=THREATS[0], n=80, **more) -> SanityReport:
+def _report(model, threat=THREATS[0], n=56, **more) -> SanityReport:
     x, y = (part[:n] for part in digits())
     return sanity_report(model, x, y, threat, **more)
 

@@ -34,8 +34,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from robust_core.attacks.adaptive import BPDA
 from robust_core.attacks.apgd import APGD, TargetedAPGD
 from robust_core.attacks.engine import AttackResult, IterativeAttack, Problem, prepare
 from robust_core.attacks.fab import FAB
@@ -127,22 +128,6 @@ class Strategy:
     notes: tuple[str, ...]
 
 
-class _BPDA(nn.Module):
-    """The model forwards, its differentiable surrogate backwards (Athalye et al. 2018, arXiv 1802.00420)."""
-
-    def __init__(self, model: Classifier, surrogate: Classifier) -> None:
-        super().__init__()
-        self.model, self.surrogate = model, surrogate
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            logits = self.model(x)
-        if not torch.is_grad_enabled():
-            return logits
-        smooth = self.surrogate(x)
-        return logits + smooth - smooth.detach()
-
-
 def plan(model: Classifier, *, stochastic: bool | None = None) -> Strategy:
     """Return how to attack ``model``, from what it declares (absent: deterministic and differentiable).
 
@@ -172,7 +157,7 @@ def plan(model: Classifier, *, stochastic: bool | None = None) -> Strategy:
     name = "transfer" if optimises else "bpda"
     how = "points found on its surrogate are transferred" if optimises else "its surrogate gives the gradients (BPDA)"
     notes.append(f"the model {reason}: {how}; Square queries the model itself")
-    white_box = surrogate if optimises else _BPDA(model, surrogate)
+    white_box = surrogate if optimises else BPDA(model, surrogate)
     return Strategy(f"eot+{name}" if random else name, white_box, random, tuple(notes))
 
 
