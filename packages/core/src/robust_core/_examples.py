@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from robust_core.testing import Case
 from robust_core.testing.tiny import digits, digits_cnn
 from robust_core.threats import L2, Linf
@@ -10,8 +12,11 @@ __all__ = [
     "adversarial_training",
     "carlini_wagner",
     "comp_sum_losses",
+    "crown",
     "fab",
     "gaussian_training",
+    "interval_bounds",
+    "lipschitz_certificate",
     "randomized_smoothing",
     "square",
     "trades",
@@ -95,3 +100,75 @@ def zeroth_order() -> Case:
     from robust_core.attacks import ZerothOrder
 
     return _attack(ZerothOrder(Linf(0.1), n_iter=20, n_directions=8))
+
+
+def pgd() -> Case:
+    """Return PGD with two restarts on a small network for the digits."""
+    from robust_core.attacks import PGD
+
+    return _attack(PGD(Linf(0.1), n_iter=10, n_restarts=2))
+
+
+def apgd() -> Case:
+    """Return Auto-PGD in L2 on a small network for the digits."""
+    from robust_core.attacks import APGD
+
+    return _attack(APGD(L2(0.5), n_iter=20))
+
+
+def autoattack() -> Case:
+    """Return the gradient attacks of AutoAttack on a small network for the digits."""
+    from robust_core.attacks import AutoAttack
+
+    return _attack(AutoAttack(Linf(0.1), version="fast"))
+
+
+def interval_bounds() -> Case:
+    """Return interval bounds of a small network for the digits."""
+    from robust_core.certificates import IntervalBounds
+
+    x, y = digits()
+    model = digits_cnn()
+    return Case(IntervalBounds(model, Linf(0.002)), model, x[:16].clone(), y[:16].clone())
+
+
+def crown() -> Case:
+    """Return linear bounds of a small network for the digits."""
+    from robust_core.certificates import Crown
+
+    x, y = digits()
+    model = digits_cnn()
+    return Case(Crown(model, Linf(0.01)), model, x[:16].clone(), y[:16].clone())
+
+
+def lipschitz_certificate() -> Case:
+    """Return Lipschitz certificates of a small network for the digits."""
+    from robust_core.certificates import LipschitzCertifier
+
+    x, y = digits()
+    model = digits_cnn()
+    return Case(LipschitzCertifier(model), model, x[:16].clone(), y[:16].clone())
+
+
+def common_corruptions() -> Case:
+    """Return fog on the digits."""
+    from robust_core.data.corruptions import corrupt
+
+    x, y = digits()
+
+    def foggy(x: Tensor, y: Tensor, index: Tensor, generator: int) -> Tensor:
+        return corrupt(x, "fog", 3, index=index, generator=generator)
+
+    return Case(foggy, digits_cnn(), x[:16].clone(), y[:16].clone())
+
+
+def label_noise() -> Case:
+    """Return symmetric label noise on the digits; exact counts belong to the set, not to a sample."""
+    from robust_core.data.label_noise import symmetric
+
+    x, y = digits()
+
+    def noisy(x: Tensor, y: Tensor, index: Tensor, generator: int) -> Tensor:
+        return symmetric(y, 0.4, include_true=False, n_classes=10, generator=generator).y
+
+    return Case(noisy, digits_cnn(), x[:64].clone(), y[:64].clone(), {"per_sample": False})
