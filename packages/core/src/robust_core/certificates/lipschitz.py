@@ -48,7 +48,7 @@ from robust_core.certificates.bounds.region import Region
 from robust_core.certificates.result import About, Certificate, Status
 from robust_core.checks import check_choice, check_inputs, check_labels, check_number
 from robust_core.errors import UnsupportedLayerError
-from robust_core.models import fingerprint, model_device, predict_logits
+from robust_core.models import fingerprint, model_device, padded, predict_logits
 from robust_core.threats import L1, L2, Linf, Threat
 
 __all__ = ["LipschitzCertifier", "convolution_norm", "gram_norm", "lipschitz_constants", "margin_radius", "matrix_norm"]
@@ -299,7 +299,10 @@ class LipschitzCertifier:
         if y is not None:
             wanted = check_labels(y, len(x), graph.n_classes) == prediction
         with torch.no_grad():
-            radius, margin, constant = self._radius(graph, constants, x.double(), prediction, rounding)
+            # Padded, so that a row's bits do not depend on its neighbours.
+            more = padded(x).double(), padded(prediction)
+            found = self._radius(graph, constants, *more, rounding)
+            radius, margin, constant = (part[: len(x)] for part in found)
         status = torch.where((radius > 0) & wanted, int(Status.CERTIFIED), int(Status.UNKNOWN))
         status = torch.where(torch.isnan(radius), int(Status.ERROR), status)
         cost = {"seconds": time.perf_counter() - started, "samples": float(len(x))}
