@@ -19,6 +19,7 @@ from robust_core.evaluation import (
     Certified,
     Clean,
     Corruptions,
+    IncomparableError,
     OpenSet,
     Report,
     SecurityCurve,
@@ -321,3 +322,21 @@ def test_round_radii_span_what_was_found():
     assert round_radii(np.array([0.0, 0.3, 0.97])) == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.97])
     assert round_radii(np.array([0.0, 0.1, 0.1])) == [0.1]
     assert round_radii(np.zeros(3)) == []
+
+
+def test_a_page_shows_the_model_beside_others(report):
+    x, y = digits()
+    data = Dataset(x[:48], y[:48], name="digits <script>alert(1)</script>", classes=[f"class {i}" for i in range(10)])
+    attack = PGD(THREAT, n_iter=5)
+    parts = [Clean(), Adversarial(THREAT, attack=attack, sanity=0), SecurityCurve(THREAT, attack=attack, subset=24)]
+    other = evaluate(digits_cnn(seed=1), data, parts, name="other <b>")
+    text = report.html(beside=[other])
+    assert text.index("Beside other models</h2>") < text.index("Clean data</h2>")
+    assert "other &lt;b&gt;" in text
+    assert "McNemar p" in text
+    page = Page(text)
+    assert not page.stack
+    assert len(set(page.ids)) == len(page.ids)
+    fewer = evaluate(digits_cnn(seed=1), data.subset(range(40)), [Clean()], name="fewer")
+    with pytest.raises(IncomparableError, match="fewer"):
+        report.html(beside=[fewer])

@@ -8,7 +8,7 @@ dark, text alternatives for every plot and picture. All text from the document i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -59,10 +59,12 @@ def _template() -> Template:
     return environment.from_string(text)
 
 
-def render(report: Report) -> str:
-    """Return the page."""
+def render(report: Report, beside: Sequence[Report] = ()) -> str:
+    """Return the page of ``report``, with a section that shows it beside other reports."""
     document = report.document
     sections = [_BUILDERS.get(part["kind"], build.other)(report, part) for part in report.parts()]
+    if beside:
+        sections.insert(0, build.beside(report, beside))
     comparisons = build.invariant(report)
     if comparisons is not None:
         sections.append(comparisons)

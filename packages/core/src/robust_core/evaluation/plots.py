@@ -33,8 +33,10 @@ __all__ = [
     "reliability_diagram",
     "risk_coverage_plot",
     "security_curve_plot",
+    "security_curves_plot",
     "shift_scatter",
     "to_svg",
+    "trade_off_plot",
 ]
 
 # Each colour is used for one thing; on the page it becomes the variable of the style sheet that has its name.
@@ -123,6 +125,54 @@ def security_curve_plot(
     axes.set_ylabel("accuracy")
     if marks:
         _legend(axes, loc="best")
+    return figure
+
+
+_SERIES = ((ACCENT, "o", "-"), (WARM, "s", "--"), (COOL, "D", "-."), (MUTED, "^", ":"))
+
+
+def security_curves_plot(curves: Sequence[tuple[str, Sequence[float], Sequence[Estimate]]], *, unit: str) -> Figure:
+    """Plot the security curves of several models: (name, radii, accuracy at each)."""
+    figure, axes = _canvas()
+    for number, (name, eps, accuracy) in enumerate(curves):
+        colour, marker, style = _SERIES[number % len(_SERIES)]
+        low, high = _ends(accuracy)
+        axes.fill_between(eps, low, high, color=colour, alpha=0.14, linewidth=0)
+        values = [a.value for a in accuracy]
+        axes.plot(eps, values, color=colour, marker=marker, linestyle=style, markersize=3.5, label=name[:32])
+    _percent(axes)
+    axes.set_xlabel(unit)
+    axes.set_ylabel("accuracy under attack")
+    _legend(axes, loc="best")
+    return figure
+
+
+def trade_off_plot(points: Sequence[tuple[str, Estimate, Estimate]]) -> Figure:
+    """Plot accuracy under attack against clean accuracy, one (name, clean, attacked) for each model."""
+    figure, axes = _canvas()
+    for number, (name, clean, attacked) in enumerate(points):
+        colour, marker, _ = _SERIES[number % len(_SERIES)]
+        errors = []
+        for estimate in (clean, attacked):
+            low, high = estimate.interval or (estimate.value, estimate.value)
+            errors.append([[estimate.value - low], [high - estimate.value]])
+        axes.errorbar(
+            [clean.value],
+            [attacked.value],
+            xerr=errors[0],
+            yerr=errors[1],
+            fmt=marker,
+            color=colour,
+            markersize=6,
+            elinewidth=1.2,
+            label=name[:32],
+        )
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_ylim(-0.02, None)
+    axes.set_xlabel("clean accuracy")
+    axes.set_ylabel("accuracy under attack")
+    _legend(axes, loc="best")
     return figure
 
 

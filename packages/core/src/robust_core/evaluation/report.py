@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,18 +116,30 @@ class Report:
             found.append((label, present[0] if present else None, kind))
         return found
 
-    def html(self) -> str:
-        """Return the report as one self-contained page: no script, no remote asset."""
+    def html(self, *, beside: Sequence[Report] = ()) -> str:
+        """Return the report as one self-contained page: no script, no remote asset.
+
+        Args:
+            beside: reports of other models on the same data, to show this one beside.
+
+        Raises:
+            IncomparableError: ``beside`` holds figures of other data, n, radii or preprocessing.
+        """
         from robust_core.evaluation.page import render
 
-        return render(self)
+        return render(self, beside)
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write ``result.json``, ``per_sample.npz`` and ``report.html`` into a folder, each atomically."""
+    def save(self, directory: str | os.PathLike[str], *, beside: Sequence[Report] = ()) -> Path:
+        """Write ``result.json``, ``per_sample.npz`` and ``report.html`` into a folder, each atomically.
+
+        Args:
+            directory: made if it is not there.
+            beside: reports of other models, which the page shows beside this one; their files are not written.
+        """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         save_arrays(folder / PER_SAMPLE, self.per_sample)
-        write_atomic(folder / PAGE, self.html())
+        write_atomic(folder / PAGE, self.html(beside=beside))
         write_json(folder / RESULT, self.document)
         return folder
 

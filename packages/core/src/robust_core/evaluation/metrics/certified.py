@@ -34,4 +34,4 @@ def certified_curve(radius: Array, correct: Array) -> tuple[np.ndarray, np.ndarr
 
 def average_certified_radius(radius: Array, correct: Array) -> Estimate:
     """Return ACR with the Student interval of a mean."""
-    return mean(np.where(as_array(correct), as_array(radius, np.float64), 0.0))
+    return mean(np.where(as_array(correct), as_array(radius, np.float64), 0.0), low=0)

@@ -85,8 +85,15 @@ def share(count: int, n: int, *, confidence: float = 0.95) -> Estimate:
     return Estimate(count / n, (float(low), float(high)), n)
 
 
-def mean(values: Array, *, confidence: float = 0.95) -> Estimate:
-    """Return the mean of (N,) independent values with its Student interval (None below two samples)."""
+def mean(values: Array, *, low: float = -math.inf, high: float = math.inf, confidence: float = 0.95) -> Estimate:
+    """Return the mean of (N,) independent values with its Student interval (None below two samples).
+
+    Args:
+        values: the values.
+        low: least possible value; the interval is cut there.
+        high: greatest possible value, likewise.
+        confidence: of the interval.
+    """
     numbers = as_array(values, np.float64)
     n = len(numbers)
     if n == 0:
@@ -95,7 +102,7 @@ def mean(values: Array, *, confidence: float = 0.95) -> Estimate:
     if n < 2 or not np.isfinite(numbers).all():
         return Estimate(centre, None, n)
     half = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * numbers.std(ddof=1) / math.sqrt(n))
-    return Estimate(centre, (centre - half, centre + half), n)
+    return Estimate(centre, (max(low, centre - half), min(high, centre + half)), n)
 
 
 def difference(a: Array, b: Array) -> Estimate:

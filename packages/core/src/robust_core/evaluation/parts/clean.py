@@ -73,8 +73,8 @@ def calibration_figures(logits: np.ndarray, y: np.ndarray) -> dict[str, Estimate
     return {
         "ece": Estimate(calibration.ece(confidence, correct), None, n),
         "adaptive_ece": Estimate(calibration.adaptive_ece(confidence, correct), None, n),
-        "nll": mean(calibration.negative_log_likelihood(logits, y)),
-        "brier": mean(calibration.brier(logits, y)),
+        "nll": mean(calibration.negative_log_likelihood(logits, y), low=0),
+        "brier": mean(calibration.brier(logits, y), low=0, high=2),
         "aurc": Estimate(calibration.aurc(confidence, correct), None, n),
     }
 

@@ -87,13 +87,13 @@ class Corruptions(Part):
     def _summary(self, profile: str, correct: dict[str, np.ndarray], index: np.ndarray, clean: np.ndarray) -> Summary:
         n, names = len(clean), list(correct)
         every = np.stack([correct[name] for name in names], 1)  # (N, corruptions, severities)
-        figures = {"accuracy": mean(every.mean((1, 2))), "clean_accuracy": proportion(clean)}
+        figures = {"accuracy": mean(every.mean((1, 2)), low=0, high=1), "clean_accuracy": proportion(clean)}
         worst = min(names, key=lambda name: correct[name].mean())
-        figures["worst_accuracy"] = mean(correct[worst].mean(1))
+        figures["worst_accuracy"] = mean(correct[worst].mean(1), low=0, high=1)
         for family, members in FAMILIES.items():
             here = [m for m in names if m in members or (m == "frost" and family == "weather")]
             if here:
-                figures[f"family/{family}"] = mean(np.stack([correct[m] for m in here], 1).mean((1, 2)))
+                figures[f"family/{family}"] = mean(np.stack([correct[m] for m in here], 1).mean((1, 2)), low=0, high=1)
         for name in names:
             for column, severity in enumerate(self.severities):
                 figures[f"{name}/{severity}"] = proportion(correct[name][:, column])

@@ -12,12 +12,14 @@ from robust_core.evaluation.sections.base import (
     points_interval,
     threat_text,
 )
+from robust_core.evaluation.sections.beside import beside
 from robust_core.evaluation.sections.confidence import calibration
 
 __all__ = [
     "Section",
     "Table",
     "adversarial",
+    "beside",
     "calibration",
     "certified",
     "clean",
