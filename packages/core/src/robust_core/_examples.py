@@ -120,7 +120,7 @@ def autoattack() -> Case:
     """Return the gradient attacks of AutoAttack on a small network for the digits."""
     from robust_core.attacks import AutoAttack
 
-    return _attack(AutoAttack(Linf(0.1), version="fast"))
+    return _attack(AutoAttack(Linf(0.3), version="fast"))
 
 
 def interval_bounds() -> Case:
