@@ -267,9 +267,9 @@ def main() -> None:
         result["memory"] = memory()
     if "overhead" in arguments.parts:
         result["overhead"] = [
-            overhead("small CNN", small, torch.rand(8, 1, 8, 8), 10_000 // tenth, 256, 7),
-            overhead("small CNN", small, torch.rand(8, 1, 8, 8), 1000, 256, 7),
-            overhead("small CNN", wide, torch.rand(1, 1, 28, 28), 10_000 // tenth, 256, 3),
+            overhead("small CNN", small, torch.rand(8, 1, 8, 8), 10_000 // tenth, 256, 5),
+            overhead("small CNN", small, torch.rand(8, 1, 8, 8), 1000, 256, 5),
+            overhead("small CNN", wide, torch.rand(1, 1, 28, 28), 5000 // tenth, 256, 3),
             overhead("ResNet-18", resnet18(num_classes=10), torch.rand(2, 3, 32, 32), 1024 // tenth, 256, 3),
         ]
     if "stopping" in arguments.parts:
