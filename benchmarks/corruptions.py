@@ -249,7 +249,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     figures: dict[str, dict[str, dict[str, float]]] = {}
-    for side, n_ours, n_theirs in ((32, 256, 32), (224, 16, 4)):
+    for side, n_ours, n_theirs in ((32, 64, 64), (224, 8, 8)):
         for name in corruptions():
             figures.setdefault(str(side), {})[name] = result = measure(name, side, n_ours, n_theirs, arguments.repeats)
             print(f"{side:4d} {name:18s}", *(f"{value:10.1f}" for value in result.values()))

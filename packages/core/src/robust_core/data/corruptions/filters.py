@@ -23,6 +23,16 @@ def border(index: Tensor, n: int, mode: str) -> Tensor:
     """Return positions inside 0 .. n - 1 for positions anywhere."""
     if mode == "nearest":
         return index.clamp(0, n - 1)
+    if index.device.type == "cpu":  # the usual case costs no division; elsewhere, asking would wait for the device
+        low, high = (int(t) for t in torch.aminmax(index))
+        if low >= 0 and high < n:
+            return index
+        if mode == "reflect" and -n <= low and high < 2 * n:
+            index = torch.where(index < 0, -1 - index, index)
+            return torch.where(index >= n, 2 * n - 1 - index, index)
+        if mode == "mirror" and -n < low and high < 2 * n - 1:
+            index = index.abs()
+            return torch.minimum(index, 2 * n - 2 - index)
     if mode == "mirror":
         index = index.remainder(max(2 * n - 2, 1))
         return torch.minimum(index, 2 * n - 2 - index)
@@ -174,7 +184,7 @@ def plasma(uniform: Tensor, decay: float) -> Tensor:
     each halving of the step, as in the original code; the map is periodic.
     """
     n = uniform.shape[-1]
-    noise = uniform * 2 - 1
+    noise = (uniform * 2).sub_(1)
     field = torch.zeros_like(noise)
     step, wobble = n, 100.0
     while step >= 2:

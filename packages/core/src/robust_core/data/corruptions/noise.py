@@ -71,7 +71,7 @@ def shot_noise(x: Tensor, c: tuple[float, ...], draws: Draws, _: Setting) -> Ten
 def impulse_noise(x: Tensor, c: tuple[float, ...], draws: Draws, _: Setting) -> Tensor:
     """Salt and pepper: a share c of the values becomes 0 or 1, equally often."""
     u = draws.uniform(*x.shape[1:])
-    return torch.where(u < c[0], (u < c[0] / 2).to(x.dtype), x)
+    return torch.where(u < c[0], u < c[0] / 2, x)
 
 
 def speckle_noise(x: Tensor, c: tuple[float, ...], draws: Draws, _: Setting) -> Tensor:

@@ -59,7 +59,8 @@ def frost_texture(draws: Draws, h: int, w: int) -> Tensor:
 def frost_procedural(x: Tensor, c: tuple[float, ...], draws: Draws, _: Setting) -> Tensor:
     """c0 x + c1 (procedural frost): our stand-in for photographs, under a name of its own."""
     layer = frost_texture(draws, *x.shape[-2:])
-    return c[0] * x + c[1] * (luminance(layer) if x.shape[1] == 1 else layer)
+    layer = luminance(layer) if x.shape[1] == 1 else layer
+    return layer.mul_(c[1]).add_(c[0] * x)
 
 
 def fog(x: Tensor, c: tuple[float, ...], draws: Draws, _: Setting) -> Tensor:
@@ -68,7 +69,7 @@ def fog(x: Tensor, c: tuple[float, ...], draws: Draws, _: Setting) -> Tensor:
     n = 1 << (max(h, w) - 1).bit_length()
     top = x.amax((1, 2, 3), keepdim=True)
     mist = plasma(draws.uniform(n, n), c[1])[:, None, :h, :w]
-    return (x + c[0] * mist) * (top / (top + c[0]))
+    return (x + c[0] * mist).mul_(top / (top + c[0]))
 
 
 def brightness(x: Tensor, c: tuple[float, ...], _: Draws, __: Setting) -> Tensor:
