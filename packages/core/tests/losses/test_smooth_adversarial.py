@@ -74,6 +74,13 @@ def test_the_first_term_is_the_sum_of_exponentials_over_rho():
         torch.testing.assert_close(parts["base"], comp_sum(z / 0.4, y, tau))
 
 
+def test_rho_is_a_scale_of_the_logits():
+    z, moved, y = draw(6, 4), draw(6, 4, seed=1), torch.tensor([0, 1, 2, 3, 0, 1])
+    both = smooth_adversarial_comp_sum(z, moved, y, tau=1.4, rho=0.3, nu=0.7)[0]
+    one = smooth_adversarial_comp_sum(z / 0.3, moved / 0.3, y, tau=1.4, rho=1.0, nu=0.21)[0]
+    torch.testing.assert_close(both, one)
+
+
 def linear_drift(weight, y, eps):
     """The exact maximum over an L2 ball: eps times the spectral norm of the margins' map."""
     rows = torch.stack([weight[y] - weight[j] for j in range(len(weight)) if j != y])

@@ -23,7 +23,8 @@ loss; the ascent climbs the square, whose direction is the same and which has a 
 The perturbed inputs are made in eval mode; clean and perturbed inputs then pass the network together, in its own mode,
 so that batch normalisation sees one set of statistics. Defaults: the sheet of the method (``rho = tau = 1``, 10
 steps of a quarter of ``eps``, ``nu`` grown over the first third of the epochs); ``nu`` wants tuning on held-out data,
-0.03 .. 3. The derivation of the bound is reconstructed and tested where the maximum is exact.
+0.03 .. 3. ``(rho, nu)`` on logits z is ``(1, nu rho)`` on z / rho: where the scale of the logits is free, leave ``rho``
+at 1 and tune ``nu``. The derivation of the bound is reconstructed and tested where the maximum is exact.
 """
 
 from __future__ import annotations
