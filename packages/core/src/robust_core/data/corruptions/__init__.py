@@ -76,7 +76,7 @@ _FUNCTIONS: dict[str, Corruption] = {
 }
 _VALUES_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 25}
 """Values (pixels times channels) that are worked on together: what fits the caches, or fills the device."""
-_MORE_AT_ONCE = {"glass_blur": 32, "defocus_blur": 6, "gaussian_blur": 6}
+_MORE_AT_ONCE = {"glass_blur": 32, "defocus_blur": 6, "gaussian_blur": 6, "fog": 4}
 _MORE_AT_ONCE |= {"elastic_transform": 8, "frost_procedural": 8, "spatter": 8}
 """Factor for corruptions of many small steps, or with convolutions, which work on 16 planes at a time."""
 
