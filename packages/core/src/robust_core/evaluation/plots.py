@@ -172,7 +172,7 @@ def trade_off_plot(points: Sequence[tuple[str, Estimate, Estimate]]) -> Figure:
     axes.set_ylim(-0.02, None)
     axes.set_xlabel("clean accuracy")
     axes.set_ylabel("accuracy under attack")
-    _legend(axes, loc="best")
+    _legend(axes, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
 
 

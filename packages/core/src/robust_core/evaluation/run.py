@@ -194,7 +194,8 @@ class Run:
         """Return (N, C) logits; measured once for each data set, whichever parts ask."""
 
         def measure(batch: Batch) -> Measured:
-            return Measured({"logits": predict_logits(self.model, batch.x, batch_size=self.batch_size)})
+            logits = predict_logits(self.model, batch.x, batch_size=self.batch_size)
+            return Measured({"logits": logits if logits.dtype == torch.float64 else logits.float()})
 
         return self.collect("logits", data, measure)["logits"]
 

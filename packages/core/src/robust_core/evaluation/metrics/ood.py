@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 from scipy.stats import norm, rankdata
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from robust_core.evaluation.metrics.estimate import Array, Estimate, as_array
 
@@ -38,6 +37,8 @@ def auroc(score_in: Array, score_ood: Array) -> Estimate:
         score_in: (N,) scores of known inputs.
         score_ood: (M,) scores of unknown inputs, which should be higher.
     """
+    from sklearn.metrics import roc_auc_score  # only here: importing it takes a second
+
     known, unknown, scores = _both(score_in, score_ood)
     n, m = len(known), len(unknown)
     truth = np.r_[np.zeros(n), np.ones(m)]
@@ -54,6 +55,8 @@ def auroc(score_in: Array, score_ood: Array) -> Estimate:
 
 def ood_figures(score_in: Array, score_ood: Array) -> dict[str, Estimate]:
     """Return ``auroc``, ``aupr_out`` (unknown positive), ``aupr_in`` (known positive) and ``fpr95``."""
+    from sklearn.metrics import average_precision_score, roc_curve  # only here: importing it takes a second
+
     known, unknown, scores = _both(score_in, score_ood)
     n = len(scores)
     truth = np.r_[np.zeros(len(known)), np.ones(len(unknown))]

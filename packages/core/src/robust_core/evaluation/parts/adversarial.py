@@ -253,7 +253,9 @@ class SecurityCurve(Part):
         """Return the radii, ascending, from 0, for inputs of ``size`` elements."""
         wanted = self.eps if self.eps is not None else [self.threat.eps * k for k in (0.25, 0.5, 1, 2, 4)]
         grey = grey_radius(self.threat, size)
-        return sorted({0.0, *map(float, wanted), *([] if grey is None else [grey])})
+        radii: list[float] = sorted([0.0, *map(float, wanted), *([] if grey is None else [grey])], reverse=True)
+        # radii that read the same are one; of those the smallest is kept, so the attacker never gets more than stated
+        return sorted({self.threat.with_eps(radius).eps_text: radius for radius in radii}.values())
 
     def _default(self, run: Run) -> Attack:
         if run.checks.zero_gradient:

@@ -61,7 +61,7 @@ class Certified(Part):
         radius, correct = table["radius"], table["correct"]
         n = len(radius)
         radii = sorted({0.0, *(self.radii if self.radii is not None else round_radii(radius))})
-        figures = {f"accuracy@{r:.4g}": certified_accuracy(radius, correct, r) for r in radii}
+        figures = {f"accuracy@{r:g}": certified_accuracy(radius, correct, r) for r in radii}
         figures["acr"] = average_certified_radius(radius, correct)
         figures |= {f"status/{s.name.lower()}": proportion(table["status"] == s) for s in Status}
         figures["certified_wrong"] = share(int(((table["status"] == Status.CERTIFIED) & ~correct).sum()), n)
