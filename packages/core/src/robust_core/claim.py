@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from robust_core.errors import RobustError
@@ -112,6 +113,7 @@ def reproduce(
     seeds: int = 3,
     first_seed: int = 0,
     scale: Scale = "quick",
+    workers: int = 1,
     on_seed: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Run the claim of ``slug`` over seeds and return the result document.
@@ -121,7 +123,8 @@ def reproduce(
         seeds: number of seeds, at least 1 (fewer than 2 leave every statement inconclusive).
         first_seed: first seed; the others follow.
         scale: ``"quick"`` for two cores, ``"full"`` for a machine with accelerators.
-        on_seed: called with (seeds done, seeds) before each seed and at the end.
+        workers: processes that share the seeds; the figures do not depend on it.
+        on_seed: called with (seeds done, seeds).
 
     Raises:
         ValueError: unknown slug, or one without a claim; bad ``seeds`` or ``scale``.
@@ -133,15 +136,11 @@ def reproduce(
     _, card = find(slug)
     if card.claim is None:
         raise ValueError(f"slug={slug!r} has no claim")
+    if workers < 1:
+        raise ValueError(f"workers={workers}: at least 1 is needed")
     claim = importlib.import_module(card.claim)
     started = time.perf_counter()
-    runs: list[Figures] = []
-    for done in range(seeds):
-        if on_seed is not None:
-            on_seed(done, seeds)
-        runs.append(claim.run(first_seed + done, scale))
-    if on_seed is not None:
-        on_seed(seeds, seeds)
+    runs = _run_seeds(card.claim, list(range(first_seed, first_seed + seeds)), scale, workers, on_seed)
     return {
         "schema": SCHEMA,
         "slug": slug,
@@ -154,6 +153,36 @@ def reproduce(
         "versions": versions(),
         "data_sha256": {name: value for run in runs for name, value in run.data_sha256.items()},
     }
+
+
+def _run_seed(seed: int, *, module: str, scale: Scale) -> Figures:
+    """Run one seed. Small networks are fastest on one thread each, and seeds share the cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if scale == "quick":
+        torch.set_num_threads(1)
+    try:
+        return importlib.import_module(module).run(seed, scale)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run_seeds(
+    module: str, seeds: list[int], scale: Scale, workers: int, on_seed: Callable[[int, int], None] | None
+) -> list[Figures]:
+    from robust_core.execution import ShardError, run_shards
+
+    if on_seed is not None:
+        on_seed(0, len(seeds))
+    backend = "here" if workers == 1 else "processes"
+    run = partial(_run_seed, module=module, scale=scale)
+    try:
+        return run_shards(run, seeds, backend=backend, workers=workers, on_step=on_seed)
+    except ShardError as error:
+        if isinstance(error.__cause__, RobustError):
+            raise error.__cause__ from error
+        raise
 
 
 def _merge_gates(runs: Sequence[Figures]) -> list[dict[str, Any]]:

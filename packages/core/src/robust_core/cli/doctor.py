@@ -92,9 +92,9 @@ def _data() -> list[Check]:
 
     return [
         {
-            "status": "ok" if status.path else "note",
+            "status": "ok" if status.found else "note",
             "name": f"data {name}",
-            "detail": "found" if status.path else status.reason_if_missing or "",
+            "detail": f"found ({status.licence})" if status.found else f"not here; {status.get}",
         }
         for name, status in available().items()
     ]

@@ -89,6 +89,7 @@ def reproduce(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="First seed; the others follow.")] = 0,
     scale: Annotated[str, typer.Option(help="quick (two cores) or full (accelerators).")] = "quick",
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the seeds.")] = 1,
     json: Json = False,
 ) -> None:
     """Measure what a paper claims, and report it whichever way it falls. Exit code 1 if a gate fails."""
@@ -102,6 +103,7 @@ def reproduce(
             seeds=seeds,
             first_seed=first_seed,
             scale=scale,
+            workers=workers,
             on_seed=lambda done, total: report(f"{slug}: seeds", done, total),
         )
     if json:

@@ -67,6 +67,7 @@ class MixedClassifier(nn.Module):
         weight_range: (lowest, highest) weight at evaluation with a mixing network, inside [0, 1].
         gamma_scale: (training, evaluation) factor on the normalised score.
         gamma_bias: (training, evaluation) offset of the normalised score.
+        momentum: of the running statistics that normalise the score; the paper's 0.01 wants thousands of steps.
 
     Raises:
         ValueError: weights outside [0, 1], scales not above 0, both or neither of weight and network.
@@ -84,6 +85,7 @@ class MixedClassifier(nn.Module):
         weight_range: tuple[float, float] = (0.84, 0.99),
         gamma_scale: tuple[float, float] = (2.0, 2.0),
         gamma_bias: tuple[float, float] = (0.4, 1.3),
+        momentum: float = 0.01,
     ) -> None:
         super().__init__()
         if (mixing_weight is None) == (mixing_network is None):
@@ -97,7 +99,7 @@ class MixedClassifier(nn.Module):
         for model in (accurate, robust):
             model.requires_grad_(False).eval()
         self.mixing_network = mixing_network
-        self.normalise = nn.BatchNorm1d(1, affine=False, momentum=0.01) if mixing_network is not None else None
+        self.normalise = nn.BatchNorm1d(1, affine=False, momentum=momentum) if mixing_network is not None else None
         self.constant_weight = mixing_weight
         self.weight_range = (low, high)
         self.accurate_scale = check_number("accurate_scale", accurate_scale, low=0, open_low=True)
