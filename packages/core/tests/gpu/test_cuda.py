@@ -1,4 +1,4 @@
-"""The same code on a CUDA device: same verdicts as on the CPU, results that do not depend on the batch, mixed precision."""
+"""The same code on a CUDA device: the verdicts of the CPU, results that do not depend on the batch, mixed precision."""
 
 import copy
 from pathlib import Path
