@@ -22,11 +22,16 @@ from torch import Tensor
 from robust_core.checks import check_number
 from robust_core.random import SampleStreams
 
-__all__ = ["L1", "L2", "Linf", "Threat", "parse_threat"]
+__all__ = ["L1", "L2", "Linf", "Threat", "parse_threat", "row_sums"]
 
 
 def _flat(x: Tensor) -> Tensor:
     return x.flatten(1)
+
+
+def row_sums(values: Tensor) -> Tensor:
+    """Return (B,) sums of (B, d), the same bits for any B: torch splits the sum of a lone long row over its threads."""
+    return (values.expand(2, -1) if len(values) == 1 else values).sum(1)[: len(values)]
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
@@ -133,7 +138,9 @@ class Threat(ABC):
         The neighbour of ``x + step`` on the side of ``x`` is never farther than ``step``, however the sum rounds; the
         factor outweighs the rounding of ``step`` itself.
         """
-        length = torch.linalg.vector_norm(_flat(delta), self.p, dim=1, dtype=torch.float64)
+        flat = _flat(delta)
+        company = flat.expand(2, -1) if len(flat) == 1 else flat  # see row_sums
+        length = torch.linalg.vector_norm(company, self.p, dim=1, dtype=torch.float64)[: len(flat)]
         factor = (self.eps * (1 - 2.0**-21) / length.clamp(min=1e-300)).clamp(max=1e30).float()
         near = torch.addcmul(x, delta, _column(factor, delta))
         return self.clamp(torch.nextafter(near, x))
@@ -197,7 +204,7 @@ class Linf(Threat):
 
     @classmethod
     def dual_norm(cls, gradient: Tensor) -> Tensor:  # noqa: D102
-        return _flat(gradient).abs().sum(1)
+        return row_sums(_flat(gradient).abs())
 
     def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lowest and highest stored values allowed for each element of ``x``."""
@@ -227,7 +234,9 @@ class L2(Threat):
 
     @classmethod
     def norm(cls, delta: Tensor) -> Tensor:  # noqa: D102
-        return torch.linalg.vector_norm(_flat(delta), dim=1)
+        flat = _flat(delta)
+        company = flat.expand(2, -1) if len(flat) == 1 else flat  # see row_sums
+        return torch.linalg.vector_norm(company, dim=1)[: len(flat)]
 
     @classmethod
     def dual_norm(cls, gradient: Tensor) -> Tensor:  # noqa: D102
@@ -260,7 +269,7 @@ class L1(Threat):
 
     @classmethod
     def norm(cls, delta: Tensor) -> Tensor:  # noqa: D102
-        return _flat(delta).abs().sum(1)
+        return row_sums(_flat(delta).abs())
 
     @classmethod
     def dual_norm(cls, gradient: Tensor) -> Tensor:  # noqa: D102
@@ -288,7 +297,7 @@ class L1(Threat):
         limit = (radius.to(work) * (1 - _SLACK[work]))[:, None]
         kept = torch.minimum((size - _l1_dual(size, cap, limit)).clamp_(min=0), cap)
         # The dual is found to a relative accuracy, and carries the rounding of elements much larger than the radius.
-        kept *= (limit / kept.sum(1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
+        kept *= (limit / row_sums(kept)[:, None].clamp(min=1e-30)).clamp(max=1.0)
         return self._land(x, torch.copysign(kept, u).reshape(x.shape), radius)
 
     def random_start(self, x: Tensor, streams: SampleStreams, *, draw: int | Tensor = 0) -> Tensor:
@@ -297,7 +306,7 @@ class L1(Threat):
         size = -torch.log(streams.uniform((d,), chunk=3 * draw, dtype=torch.float64))
         length = self.eps * streams.uniform((1,), chunk=3 * draw + 1, dtype=torch.float64) ** (1 / d)
         signs = streams.signs((d,), chunk=3 * draw + 2, dtype=torch.float64)
-        step = size / size.sum(1, keepdim=True) * length * signs
+        step = size / row_sums(size)[:, None] * length * signs
         return self.project((x.double() + step.reshape(x.shape)).to(x.dtype), x)
 
     def steepest(self, gradient: Tensor) -> Tensor:  # noqa: D102
@@ -344,11 +353,11 @@ def _l1_dual(size: Tensor, cap: Tensor, eps: Tensor) -> Tensor:
     depend on another's.
     """
     low, high = torch.zeros_like(eps), size.amax(1, keepdim=True)
-    rest = cap.sum(1, keepdim=True) <= eps
-    dual = torch.where(rest, low, ((size.sum(1, keepdim=True) - eps) / size.shape[1]).clamp(min=0))
+    rest = row_sums(cap)[:, None] <= eps
+    dual = torch.where(rest, low, ((row_sums(size)[:, None] - eps) / size.shape[1]).clamp(min=0))
     for _ in range(_NEWTON_STEPS):
         shrunk = size - dual
-        excess = torch.minimum(shrunk.clamp(min=0), cap).sum(1, keepdim=True) - eps
+        excess = row_sums(torch.minimum(shrunk.clamp(min=0), cap))[:, None] - eps
         rest = rest | (excess.abs() <= _SLACK[size.dtype] * eps)
         if rest.device.type == "cpu" and rest.all():
             break

@@ -26,7 +26,7 @@ from robust_core.attacks.engine import IterativeAttack, Problem, Rows
 from robust_core.attacks.hyperplane import nearest_on_hyperplane
 from robust_core.attacks.minimum_norm import begin_record, finish_record, record
 from robust_core.checks import check_count, check_number
-from robust_core.threats import Threat
+from robust_core.threats import Threat, row_sums
 
 __all__ = ["FAB"]
 
@@ -111,7 +111,7 @@ class FAB(IterativeAttack):
         """Return the next points: steps onto the boundary linearised at ``here``, from ``back`` and from ``x``."""
         work = torch.promote_types(here.dtype, torch.float32)
         back_flat, clean, w, at = (part.to(work).flatten(1) for part in (back, problem.x, slope, here))
-        b = (w * at).sum(1) - ahead.to(work)
+        b = row_sums(w * at) - ahead.to(work)
         steps = nearest_on_hyperplane(
             torch.cat([back_flat, clean]), torch.cat([w, w]), torch.cat([b, b]), problem.threat.domain, self.threat.name
         )
