@@ -14,21 +14,21 @@ Scales: ``quick`` is the bundled digits (8x8) with a small network on two cores;
 ResNet, as in the paper's experiments (given by hand, see ``robust_core.data.load``). Statements, margins and settings
 stood before the first run. Learning rate and batch size are those of no search: Adam at 2e-3, batches of 64.
 
-Found at ``quick``, seeds 0 .. 6 (one thread, 1 to 2 minutes a seed; means in %, the intervals are of paired differences):
+Found at ``quick``, seeds 0 .. 6 (one thread, 1 to 2 minutes a seed; means in %, intervals of paired differences):
 
-- Noise: 84.3, 88.3, 90.5, 92.9, 94.1, 83.5 for ``tau`` = 0, .5, 1, 1.5, 1.7, 2. ``tau`` = 1.7 gains 0.9 .. 6.4 points, 1.5
-  gains 0.4 .. 4.5: short of the margin of 0.5, hence *inconclusive* as a whole. ``tau`` = 0 loses 3.6 .. 8.7: *holds*.
+- Noise: 84.3, 88.3, 90.5, 92.9, 94.1, 83.5 for ``tau`` = 0, .5, 1, 1.5, 1.7, 2. ``tau`` = 1.7 gains 0.9 .. 6.4 points,
+  1.5 gains 0.4 .. 4.5, short of the margin of 0.5: *inconclusive* as a whole. ``tau`` = 0 loses 3.6 .. 8.7: *holds*.
 - No noise: 97.7 at ``tau`` = 1, the best of the others 97.8: *holds*. ``tau`` = 2 stays at 88.
 - Robust, clean / robust accuracy: AT 93.7/57.2; TRADES 94.4/56.0, 93.0/58.5, 92.1/59.1; ours 95.4/44.1, 95.2/51.0,
   92.8/56.5. At par with TRADES *fails* (-5.4 .. -3.2 points), not dominated *fails* (1 of 7 seeds), at par with AT is
   *inconclusive* (-7.4 .. -0.1).
 
-Why: the mathematics passes every gate, and the ascent reaches the exact maximum on linear models. On a held-out quarter
-of the training data (2 seeds) the two are at par after these 15 epochs (96.0/53.2 for TRADES at 3, 96.3/54.1 for ours at
-0.3), where fewer steps are taken; after 40 epochs TRADES is ahead (96.6/70.4 against 94.9/67.0 for ours at 0.5). More
-``nu`` or no warm-up cost clean accuracy without gain. So parity at this scale is that of networks
-trained too short, and TRADES gains more from training on. The intervals speak of seeds: one test set of 351 images
-adds about two points of doubt that all seeds share. What wide networks on CIFAR-10 do is the ``full`` scale's to say.
+Why: the mathematics passes every gate, and the ascent reaches the exact maximum on linear models. On a held-out
+quarter of the training data (2 seeds, so fewer steps an epoch) the two are at par after 15 epochs: 96.0/53.2 for
+TRADES at 3, 96.3/54.1 for ours at 0.3. After 40 epochs TRADES is ahead there: 96.6/70.4 against 94.9/67.0 for ours at
+0.5. At 15 epochs ``nu`` = 0.5, or no warm-up, costs clean and robust accuracy. Parity at this scale is thus that of
+networks trained too short; TRADES gains more from training on. The intervals speak of seeds: one test set of 351
+images adds about two points of doubt that all seeds share. Wide networks on CIFAR-10 are for ``full`` to measure.
 """
 
 from __future__ import annotations
