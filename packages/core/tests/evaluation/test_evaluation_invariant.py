@@ -8,6 +8,7 @@ from robust_core.certificates.result import About, Certificate, Status
 from robust_core.data import Dataset
 from robust_core.evaluation import Adversarial, Certified, InvariantError, SecurityCurve, evaluate
 from robust_core.evaluation.invariant import check_invariant, violation_limit
+from robust_core.evaluation.sections.attacks import _empirical
 from robust_core.models import fingerprint
 from robust_core.testing.tiny import linear_binary
 from robust_core.threats import L2, Linf
@@ -56,6 +57,9 @@ def test_attack_and_certificate_meet_in_the_closed_form(kind):
     (comparison,) = report.comparisons()
     assert comparison.n == 75
     assert comparison.holds
+    ((drawn, left, _),) = _empirical(report, report.parts("certified")[0])
+    assert (drawn, left) == (eps, pytest.approx(share))  # the attack meets the curve: both are tight
+    assert "left by attacks" in report.html()
 
 
 def test_a_planted_violation_is_caught():

@@ -135,7 +135,7 @@ def certified(report: Report, part: dict[str, Any]) -> Section:
     name, data = part["name"], part["data"]
     arrays = report.arrays(name)
     levels, accuracy = certified_curve(arrays["radius"], arrays["correct"])
-    attacked = _empirical(report, data)
+    attacked = _empirical(report, part)
     unit = f"radius, {data['norm']}, in units of the input"
     figure = plots.certified_curve_plot(levels, accuracy, n=part["n"], unit=unit, attacked=attacked)
     entries = [
@@ -164,20 +164,22 @@ def certified(report: Report, part: dict[str, Any]) -> Section:
     )
 
 
-def _empirical(report: Report, about: Mapping[str, Any]) -> list[tuple[float, float, str]]:
-    """Return (eps, accuracy, label) of the attacks on the same function and norm."""
+def _empirical(report: Report, certificate: Mapping[str, Any]) -> list[tuple[float, float, str]]:
+    """Return (eps, accuracy, label) of the attacks on the same function, norm and samples.
+
+    Only the certified samples count, and only attacks that met all of them: then no point can lie below the curve
+    unless a certificate is broken.
+    """
+    about, index = certificate["data"], report.arrays(certificate["name"])["index"]
     found = []
     for part in (*report.parts("security-curve"), *report.parts("adversarial")):
-        data, name = part["data"], part["name"]
-        if any(data.get(k) != about.get(k) for k in ("fingerprint", "norm")):
+        data, arrays = part["data"], report.arrays(part["name"])
+        rows = np.isin(arrays["index"], index)
+        if any(data.get(k) != about.get(k) for k in ("fingerprint", "norm")) or rows.sum() < len(index):
             continue
-        if part["kind"] == "adversarial":
-            found.append((data["eps"], report[f"{name}/accuracy"].value, "left by attacks"))
-            continue
-        grid = zip(data["grid"], data["labels"], strict=True)
-        found += [
-            (eps, report[f"{name}/eps={label}"].value, "left by attacks") for eps, label in grid if eps != data["grey"]
-        ]
+        nearest = arrays["adversarial_distance"][rows]
+        radii = data["grid"] if part["kind"] == "security-curve" else [data["eps"]]
+        found += [(eps, float((nearest > eps).mean()), "left by attacks") for eps in radii if eps != data.get("grey")]
     return found
 
 
