@@ -14,7 +14,10 @@ from torch import nn
 from robust_core.certificates import Crown, IntervalBounds, Status
 from robust_core.certificates.bounds import trace
 from robust_core.certificates.bounds.backward import Analysis
+from robust_core.certificates.bounds.box import Rounding
+from robust_core.certificates.bounds.operators import Rectifier
 from robust_core.certificates.bounds.region import Region
+from robust_core.certificates.bounds.windows import window_chain, windowed_bounds
 from robust_core.models import predict_logits
 from robust_core.random import stream
 from robust_core.testing.networks import KINDS, random_network
@@ -163,6 +166,42 @@ def test_boxes_hold_every_sampled_value(seed, kind, ball, eps):
         slack = 1e-4 * (1 + logits.abs())
         assert (low - slack <= logits).all()
         assert (logits <= high + slack).all()
+
+
+@pytest.mark.parametrize("threat", [Linf(0.05), L2(0.2), L1(0.5)])
+@pytest.mark.parametrize("rigorous", [False, True])
+def test_windows_agree_with_dense_rows(threat, rigorous):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 0)),
+            nn.BatchNorm2d(4),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(4, 4, 3, padding="same", groups=2),
+            nn.Tanh(),
+            nn.Conv2d(4, 3, 2, stride=2, dilation=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.LazyLinear(3),
+        )
+        x = torch.rand(2, 2, 26, 24)
+        model(x)  # also gives the batch normalisation statistics of its own
+    model, x = model.double().eval(), x.double()
+    graph = trace(model, x)
+    rounding = Rounding.of(torch.float32) if rigorous else None
+    with torch.no_grad():
+        eps = torch.full((2,), threat.eps, dtype=torch.float64)
+        analysis = Analysis.start(graph, Region.of(threat, x, eps, rounding=rounding), rounding)
+        position = next(i for i, n in enumerate(graph.nodes) if isinstance(n.operator, Rectifier) and i > 4) - 1
+        chain = window_chain(graph, position)
+        assert chain is not None
+        size = int(torch.Size(graph.nodes[position].shape).numel())
+        units = torch.stack([torch.randperm(size, generator=stream(i, 0, "units"))[:40] for i in range(2)])
+        lower, upper = windowed_bounds(analysis, chain, units)
+        rows = torch.zeros(2, 40, size, dtype=torch.float64).scatter(2, units.unsqueeze(2), 1.0)
+        rows = rows.reshape(2, 40, *graph.nodes[position].shape)
+        torch.testing.assert_close(lower, analysis.lower(position, rows), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(upper, -analysis.lower(position, -rows), rtol=1e-9, atol=1e-11)
 
 
 def test_memory_limits_change_nothing():

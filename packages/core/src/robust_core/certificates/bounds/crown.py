@@ -23,6 +23,7 @@ from robust_core.certificates.bounds.certifier import BoundCertifier, robust_cro
 from robust_core.certificates.bounds.graph import Graph, operator_of
 from robust_core.certificates.bounds.interval import interval_margins
 from robust_core.certificates.bounds.operators import Activation, Rectifier
+from robust_core.certificates.bounds.windows import window_chain, windowed_bounds
 from robust_core.checks import check_choice, check_count, check_labels, check_number
 from robust_core.threats import Threat
 
@@ -117,31 +118,40 @@ def tighten(analysis: Analysis, *, max_elements: int) -> None:
 
 def _tighten_one(analysis: Analysis, position: int, operator: Activation, *, max_elements: int) -> bool:
     box = analysis.boxes[position]
-    shape = analysis.graph.nodes[position].shape
     loose = operator.unstable(box).flatten(1)
     most = int(loose.sum(1).max())
     if not most:
         return False
     units = loose.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    height = max(1, max_elements // (2 * len(loose) * analysis.graph.widest))
-    lower, upper = [], []
-    for part in units.split(height, dim=1):
-        rows = box.lower.new_zeros(*part.shape, loose.shape[1]).scatter(2, part.unsqueeze(2), 1.0)
-        rows = rows.reshape(*part.shape, *shape)
-        both = analysis.lower(position, torch.cat([rows, -rows], dim=1))
-        lower.append(both[:, : part.shape[1]])
-        upper.append(-both[:, part.shape[1] :])
+    lower, upper = _unit_bounds(analysis, position, units, max_elements=max_elements)
     flat_lower, flat_upper = box.lower.flatten(1), box.upper.flatten(1)
     wanted = loose.gather(1, units)  # rows that fill up to the longest stay as they are: no sample sees its batch
     old_lower, old_upper = flat_lower.gather(1, units), flat_upper.gather(1, units)
-    new_lower = torch.where(wanted, torch.maximum(old_lower, torch.cat(lower, dim=1)), old_lower)
-    new_upper = torch.where(wanted, torch.minimum(old_upper, torch.cat(upper, dim=1)), old_upper)
+    new_lower = torch.where(wanted, torch.maximum(old_lower, lower), old_lower)
+    new_upper = torch.where(wanted, torch.minimum(old_upper, upper), old_upper)
     analysis.boxes[position] = type(box).ends(
         flat_lower.scatter(1, units, new_lower).reshape(box.lower.shape),
         flat_upper.scatter(1, units, new_upper).reshape(box.upper.shape),
         outward=box.outward,
     )
     return True
+
+
+def _unit_bounds(analysis: Analysis, position: int, units: Tensor, *, max_elements: int) -> tuple[Tensor, Tensor]:
+    """Return backward bounds (B, R) of units (B, R), flat positions in a value, on windows where that is possible."""
+    shape = analysis.graph.nodes[position].shape
+    chain = window_chain(analysis.graph, position)
+    height = max(1, max_elements // (2 * len(units) * analysis.graph.widest))
+    parts = []
+    for part in units.split(4 * height if chain else height, dim=1):
+        if chain:
+            parts.append(windowed_bounds(analysis, chain, part))
+            continue
+        rows = analysis.region.x.new_zeros(*part.shape, int(torch.Size(shape).numel()))
+        rows = rows.scatter(2, part.unsqueeze(2), 1.0).reshape(*part.shape, *shape)
+        both = analysis.lower(position, torch.cat([rows, -rows], dim=1))
+        parts.append((both[:, : part.shape[1]], -both[:, part.shape[1] :]))
+    return torch.cat([low for low, _ in parts], dim=1), torch.cat([high for _, high in parts], dim=1)
 
 
 def optimise_slopes(analysis: Analysis, rows: Tensor, *, n_iter: int, step_size: float) -> Tensor:
