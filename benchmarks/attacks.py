@@ -274,6 +274,7 @@ def main() -> None:
                 result = compare_autoattack(net, threat, x_test, y_test, bool(args.reference_path))
                 report["autoattack"][f"{kind}, {threat}"] = result
                 print(kind, threat, json.dumps(result, indent=1), flush=True)
+                save(report, args.json)
     if "pgd" in args.parts:
         net = next(reversed(nets.values()))
         pgd = [
@@ -282,11 +283,17 @@ def main() -> None:
         ]
         report["pgd-40, no sample broken"] = pgd
         print(json.dumps(pgd, indent=1), flush=True)
+        save(report, args.json)
     if "resnet" in args.parts:
         report["resnet-18 at 32x32"] = resnet_overhead(device, 32)
         print(json.dumps(report["resnet-18 at 32x32"], indent=1), flush=True)
-    if args.json:
-        with open(args.json, "w") as file:
+        save(report, args.json)
+
+
+def save(report: dict, path: str | None) -> None:
+    """Keep what is measured so far."""
+    if path:
+        with open(path, "w") as file:
             file.write(json.dumps(report, indent=2) + "\n")
 
 

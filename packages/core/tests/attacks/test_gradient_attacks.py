@@ -249,3 +249,19 @@ def test_bad_models_and_settings_are_named(net, data):
         FGSM(L2(0.1), n_iter=2)
     with pytest.raises(ValueError, match="outside the domain"):
         PGD(Linf(0.1))(net, x + 1e-4, y)
+
+
+def test_phases_side_by_side_cost_fewer_passes_and_change_nothing(data):
+    net = digits_cnn("adversarial")
+    x, y = data[0][:6], data[1][:6]
+
+    class OneByOne(TargetedAPGD):
+        parallel_phases = False
+
+    settings = {"threat": Linf(0.05), "n_iter": 20, "n_targets": 5}
+    beside, apart = TargetedAPGD(**settings).run(net, x, y), OneByOne(**settings).run(net, x, y)
+    assert not beside.success.all()
+    assert torch.equal(beside.success, apart.success)
+    assert torch.equal(beside.x_adv[beside.success], apart.x_adv[apart.success])
+    torch.testing.assert_close(beside.loss, apart.loss)
+    assert beside.backwards < 0.6 * apart.backwards

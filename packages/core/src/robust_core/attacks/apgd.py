@@ -99,6 +99,7 @@ class APGD(IterativeAttack):
     batch_size: int = 256
 
     losses: ClassVar[tuple[str, ...]] = tuple(LOSSES)
+    parallel_phases: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for field in ("n_iter", "n_restarts", "n_draws", "batch_size"):

@@ -204,7 +204,7 @@ class Problem:
                 f"the model returned {shape}; a classifier maps (B, ...) to logits (B, C), and y needs "
                 f"C of at least {max(2, self.n_labels)}"
             )
-        return logits[: len(x)]
+        return logits if len(logits) == len(x) else logits[: len(x)]
 
 
 _NO_GRADIENT = (
@@ -228,6 +228,8 @@ class IterativeAttack(ABC):
     check_every: ClassVar[int] = 8
     stop_when_broken: ClassVar[bool] = True
     uses_gradient: ClassVar[bool] = True
+    parallel_phases: ClassVar[bool] = False
+    """Phases share nothing but what ``begin`` computed, so that several may run side by side."""
     n_draws: int = 1
 
     @abstractmethod

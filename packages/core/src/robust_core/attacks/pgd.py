@@ -61,6 +61,7 @@ class PGD(IterativeAttack):
     keep: Literal["best", "last"] = "best"
     batch_size: int = 256
     name: ClassVar[str] = "pgd"
+    parallel_phases: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("n_iter", self.n_iter)
