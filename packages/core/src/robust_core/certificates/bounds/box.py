@@ -148,7 +148,7 @@ class Box:
     def centre(self) -> Tensor:
         """(B, ...) centres."""
         if self._centre is None:
-            self._centre = (self.lower + self.upper) / 2
+            self._centre = (self.lower + self.upper).mul_(0.5)
         return self._centre
 
     @property
@@ -158,7 +158,7 @@ class Box:
             if self.outward:
                 self._radius = up(torch.maximum(self.upper - self.centre, self.centre - self.lower))
             else:
-                self._radius = (self.upper - self.lower) / 2
+                self._radius = (self.upper - self.lower).mul_(0.5)
         return self._radius
 
     @property

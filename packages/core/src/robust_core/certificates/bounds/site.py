@@ -11,7 +11,7 @@ from torch import Tensor
 from robust_core.certificates.bounds.operators import Operator, Shape
 from robust_core.errors import UnsupportedLayerError
 
-__all__ = ["Const", "Made", "Ref", "Site"]
+__all__ = ["Const", "Made", "Ref", "Site", "as_tuple", "source_of"]
 
 
 @dataclass(frozen=True)
@@ -49,3 +49,15 @@ class Site:
 
 Made = tuple[Operator, Sequence[Ref]] | Ref
 """An operator with its sources, or the source itself where a call does nothing."""
+
+
+def as_tuple(value: Any, dims: int) -> Shape:
+    """Return a setting as one number for each dimension."""
+    return tuple(int(v) for v in value) if isinstance(value, tuple | list) else (int(value),) * dims
+
+
+def source_of(site: Site, value: Any) -> Ref:
+    """Return ``value`` if it depends on the input."""
+    if not isinstance(value, Ref):
+        site.refuse("is called on a constant where a value that depends on the input is needed")
+    return value

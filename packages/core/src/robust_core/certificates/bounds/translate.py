@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from inspect import signature
 from typing import Any
@@ -12,11 +11,9 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from robust_core.certificates.bounds.operators import (
-    Average,
     Concat,
     Convolution,
     Dense,
-    MaxPool,
     Rearrange,
     Rectifier,
     Scale,
@@ -25,19 +22,10 @@ from robust_core.certificates.bounds.operators import (
     Sum,
     TransposedConvolution,
 )
-from robust_core.certificates.bounds.site import Const, Made, Ref, Site
+from robust_core.certificates.bounds.site import Const, Made, Ref, Site, as_tuple, source_of
+from robust_core.certificates.bounds.translate_pooling import adaptive_avg_pool, avg_pool, max_pool, reduction
 
 __all__ = ["function_name", "translate_call"]
-
-
-def _tuple(value: Any, dims: int) -> Shape:
-    return tuple(int(v) for v in value) if isinstance(value, tuple | list) else (int(value),) * dims
-
-
-def _source(site: Site, value: Any) -> Ref:
-    if not isinstance(value, Ref):
-        site.refuse("is called on a constant where a value that depends on the input is needed")
-    return value
 
 
 def _getter(site: Site, value: Any) -> Callable[[], Tensor] | None:
@@ -56,7 +44,7 @@ def _needed(site: Site, value: Any) -> Callable[[], Tensor]:
 
 
 def _linear(site: Site, input: Any, weight: Any, bias: Any = None) -> Made:
-    source = _source(site, input)
+    source = source_of(site, input)
     made = Dense(site.label, [source.shape], site.shape, _needed(site, weight), _getter(site, bias))
     return made, [source]
 
@@ -69,7 +57,7 @@ def _explicit_padding(padding: Any, kernel: Shape, dilation: Shape) -> Shape:
             total = dilation[i] * (kernel[i] - 1)
             pairs.append((total // 2, total - total // 2))
         else:
-            one = 0 if padding == "valid" else _tuple(padding, len(kernel))[i]
+            one = 0 if padding == "valid" else as_tuple(padding, len(kernel))[i]
             pairs.append((one, one))
     return tuple(side for pair in reversed(pairs) for side in pair)
 
@@ -86,16 +74,16 @@ def _convolution(dims: int) -> Callable[..., Made]:
         groups: int = 1,
         mode: str = "constant",
     ) -> Made:
-        source = _source(site, input)
+        source = source_of(site, input)
         get = _needed(site, weight)
-        dilation = _tuple(dilation, dims)
+        dilation = as_tuple(dilation, dims)
         made = Convolution(
             site.label,
             [source.shape],
             site.shape,
             get,
             _getter(site, bias),
-            stride=_tuple(stride, dims),
+            stride=as_tuple(stride, dims),
             padding=_explicit_padding(padding, tuple(get().shape[2:]), dilation),
             dilation=dilation,
             groups=groups,
@@ -118,17 +106,17 @@ def _transposed(dims: int) -> Callable[..., Made]:
         groups: int = 1,
         dilation: Any = 1,
     ) -> Made:
-        source = _source(site, input)
+        source = source_of(site, input)
         made = TransposedConvolution(
             site.label,
             [source.shape],
             site.shape,
             _needed(site, weight),
             _getter(site, bias),
-            stride=_tuple(stride, dims),
-            padding=_tuple(padding, dims),
-            output_padding=_tuple(output_padding, dims),
-            dilation=_tuple(dilation, dims),
+            stride=as_tuple(stride, dims),
+            padding=as_tuple(padding, dims),
+            output_padding=as_tuple(output_padding, dims),
+            dilation=as_tuple(dilation, dims),
             groups=groups,
         )
         return made, [source]
@@ -147,7 +135,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Made:
-    source = _source(site, input)
+    source = source_of(site, input)
     mean, var = _getter(site, running_mean), _getter(site, running_var)
     if training or mean is None or var is None:
         site.refuse("normalises with the statistics of the batch: a sample's output would depend on its neighbours")
@@ -228,7 +216,7 @@ def _sub(site: Site, input: Any, other: Any, alpha: float = 1) -> Made:
     if isinstance(input, Ref):
         shift = Const(lambda: -other.get(), other.example) if isinstance(other, Const) else -other
         return _scaled(site, input, None, shift)
-    return _scaled(site, _source(site, other), -1.0, input)
+    return _scaled(site, source_of(site, other), -1.0, input)
 
 
 def _rsub(site: Site, input: Any, other: Any, alpha: float = 1) -> Made:
@@ -244,17 +232,17 @@ def _mul(site: Site, input: Any, other: Any) -> Made:
 def _div(site: Site, input: Any, other: Any, rounding_mode: str | None = None) -> Made:
     if rounding_mode is not None or isinstance(other, Ref):
         site.refuse("divides by a value that depends on the input, or rounds")
-    source = _source(site, input)
+    source = source_of(site, input)
     scale = Const(lambda: 1 / other.get(), other.example) if isinstance(other, Const) else 1 / other
     return _scaled(site, source, scale, None)
 
 
 def _neg(site: Site, input: Any) -> Made:
-    return _scaled(site, _source(site, input), -1.0, None)
+    return _scaled(site, source_of(site, input), -1.0, None)
 
 
 def _cat(site: Site, tensors: Any, dim: int = 0) -> Made:
-    sources = [_source(site, value) for value in tensors]
+    sources = [source_of(site, value) for value in tensors]
     dim = dim % (len(sources[0].shape) + 1)
     if dim == 0:
         site.refuse("concatenates along the batch")
@@ -262,19 +250,19 @@ def _cat(site: Site, tensors: Any, dim: int = 0) -> Made:
 
 
 def _relu(site: Site, input: Any, inplace: bool = False) -> Made:
-    source = _source(site, input)
+    source = source_of(site, input)
     return Rectifier(site.label, [source.shape], site.shape), [source]
 
 
 def _leaky_relu(site: Site, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Made:
-    source = _source(site, input)
+    source = source_of(site, input)
     if not 0 <= negative_slope < 1:
         site.refuse(f"has negative_slope={negative_slope}; 0 <= slope < 1 is supported")
     return Rectifier(site.label, [source.shape], site.shape, slope=float(negative_slope)), [source]
 
 
 def _sigmoid(site: Site, input: Any) -> Made:
-    source = _source(site, input)
+    source = source_of(site, input)
 
     def derivative(z: Tensor) -> Tensor:
         return torch.sigmoid(z) * torch.sigmoid(-z)
@@ -283,7 +271,7 @@ def _sigmoid(site: Site, input: Any) -> Made:
 
 
 def _tanh(site: Site, input: Any) -> Made:
-    source = _source(site, input)
+    source = source_of(site, input)
 
     def derivative(z: Tensor) -> Tensor:
         return 4 * torch.sigmoid(2 * z) * torch.sigmoid(-2 * z)  # no cancellation at the ends
@@ -291,100 +279,12 @@ def _tanh(site: Site, input: Any) -> Made:
     return SShape(site.label, [source.shape], site.shape, function=torch.tanh, derivative=derivative), [source]
 
 
-def _max_pool(dims: int) -> Callable[..., Made]:
-    pool = {1: F.max_pool1d, 2: F.max_pool2d}[dims]
-
-    def build(
-        site: Site,
-        input: Any,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        dilation: Any = 1,
-        ceil_mode: bool = False,
-        return_indices: bool = False,
-    ) -> Made:
-        source = _source(site, input)
-        if return_indices or not isinstance(site.value, Tensor):
-            site.refuse("returns indices")
-        kernel, dilation = _tuple(kernel_size, dims), _tuple(dilation, dims)
-        stride = kernel if stride is None or stride == [] else _tuple(stride, dims)
-        padding = _tuple(padding, dims)
-
-        def function(x: Tensor) -> Tensor:
-            return pool(x, kernel, stride, padding, dilation, ceil_mode)
-
-        windows = _windows(source.shape[1:], site.shape[1:], kernel, stride, padding, dilation)
-        made = MaxPool(site.label, [source.shape], site.shape, function=function, windows=windows)
-        return made, [source]
-
-    return build
-
-
-def _windows(size: Shape, out: Shape, kernel: Shape, stride: Shape, padding: Shape, dilation: Shape) -> Tensor:
-    """Return (W, P) flat positions of the elements of each window; one past the last position is padding."""
-    axes = []
-    for n, m, k, s, p, d in zip(size, out, kernel, stride, padding, dilation, strict=True):
-        axis = torch.arange(m)[None, :] * s - p + torch.arange(k)[:, None] * d
-        axes.append(torch.where((axis >= 0) & (axis < n), axis, -1))  # (k, m)
-    if len(axes) == 1:
-        return torch.where(axes[0] < 0, size[0], axes[0])
-    rows, columns = axes[0][:, None, :, None], axes[1][None, :, None, :]
-    flat = torch.where((rows < 0) | (columns < 0), math.prod(size), rows * size[1] + columns)
-    return flat.reshape(math.prod(kernel), math.prod(out))
-
-
-def _averaged(site: Site, source: Ref, function: Callable[[Tensor], Tensor], terms: int) -> Made:
-    return Average(site.label, [source.shape], site.shape, function=function, terms=terms + 1), [source]
-
-
-def _avg_pool(dims: int) -> Callable[..., Made]:
-    pool = {1: F.avg_pool1d, 2: F.avg_pool2d}[dims]
-
-    def build(site: Site, input: Any, kernel_size: Any, stride: Any = None, *rest: Any, **named: Any) -> Made:
-        source = _source(site, input)
-        kernel = _tuple(kernel_size, dims)
-        stride = kernel if stride is None or stride == [] else _tuple(stride, dims)
-        divisor = rest[3] if len(rest) > 3 else named.get("divisor_override")
-        if divisor is not None and divisor < 1:
-            site.refuse(f"has divisor_override={divisor}; a positive one is needed")
-        return _averaged(site, source, lambda x: pool(x, kernel, stride, *rest, **named), math.prod(kernel))
-
-    return build
-
-
-def _adaptive_avg_pool(dims: int) -> Callable[..., Made]:
-    pool = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d}[dims]
-
-    def build(site: Site, input: Any, output_size: Any) -> Made:
-        source = _source(site, input)
-        terms = math.prod(math.ceil(n / m) + 1 for n, m in zip(source.shape[1:], site.shape[1:], strict=True))
-        return _averaged(site, source, lambda x: pool(x, output_size), terms)
-
-    return build
-
-
-def _reduction(name: str) -> Callable[..., Made]:
-    def build(site: Site, input: Any, dim: Any = None, keepdim: bool = False) -> Made:
-        source = _source(site, input)
-        if dim is None:
-            site.refuse("reduces over the batch")
-        rank = len(source.shape) + 1
-        dims = sorted(d % rank for d in (dim if isinstance(dim, tuple | list) else (dim,)))
-        if 0 in dims:
-            site.refuse("reduces over the batch")
-        terms = math.prod(source.shape[d - 1] for d in dims)
-        return _averaged(site, source, lambda x: getattr(x, name)(dim=dims, keepdim=keepdim), terms)
-
-    return build
-
-
 def _same(site: Site, input: Any, *rest: Any, **named: Any) -> Made:
-    return _source(site, input)
+    return source_of(site, input)
 
 
 def _reshape(site: Site, input: Any, *rest: Any, **named: Any) -> Made:
-    source, shape = _source(site, input), site.shape
+    source, shape = source_of(site, input), site.shape
     made = Rearrange(
         site.label,
         [source.shape],
@@ -396,13 +296,13 @@ def _reshape(site: Site, input: Any, *rest: Any, **named: Any) -> Made:
 
 
 def _permute(site: Site, input: Any, *dims: Any) -> Made:
-    source = _source(site, input)
+    source = source_of(site, input)
     order = [d % (len(source.shape) + 1) for d in (dims[0] if isinstance(dims[0], tuple | list) else dims)]
     return _reordered(site, source, order)
 
 
 def _transpose(site: Site, input: Any, dim0: int, dim1: int) -> Made:
-    source = _source(site, input)
+    source = source_of(site, input)
     order = list(range(len(source.shape) + 1))
     first, second = dim0 % len(order), dim1 % len(order)
     order[first], order[second] = order[second], order[first]
@@ -424,7 +324,7 @@ def _reordered(site: Site, source: Ref, order: list[int]) -> Made:
 
 
 def _pad(site: Site, input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Made:
-    source = _source(site, input)
+    source = source_of(site, input)
     if len(pad) > 2 * len(source.shape) or (mode == "constant" and value not in (None, 0)):
         site.refuse("pads the batch, or with a constant other than 0")
     made = Rearrange(
@@ -446,14 +346,14 @@ _RULES: dict[str, Callable[..., Made]] = {
     "leaky_relu": _leaky_relu,
     "sigmoid": _sigmoid,
     "tanh": _tanh,
-    "max_pool1d": _max_pool(1),
-    "max_pool2d": _max_pool(2),
-    "avg_pool1d": _avg_pool(1),
-    "avg_pool2d": _avg_pool(2),
-    "adaptive_avg_pool1d": _adaptive_avg_pool(1),
-    "adaptive_avg_pool2d": _adaptive_avg_pool(2),
-    "mean": _reduction("mean"),
-    "sum": _reduction("sum"),
+    "max_pool1d": max_pool(1),
+    "max_pool2d": max_pool(2),
+    "avg_pool1d": avg_pool(1),
+    "avg_pool2d": avg_pool(2),
+    "adaptive_avg_pool1d": adaptive_avg_pool(1),
+    "adaptive_avg_pool2d": adaptive_avg_pool(2),
+    "mean": reduction("mean"),
+    "sum": reduction("sum"),
     "add": _add,
     "sub": _sub,
     "rsub": _rsub,

@@ -54,8 +54,11 @@ class _Weighted(Affine):
     def apply_absolute(self, x: Tensor) -> Tensor:
         return self.map(x, self.absolute_weight())
 
-    def map(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return the layer with another weight and no bias."""
+    def evaluate(self, *values: Tensor) -> Tensor:
+        return self.map(values[0], self.weight(), None if self._bias is None else self._bias())
+
+    def map(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the layer with another weight and bias."""
         raise TypeError(f"{type(self).__name__} has no rule")
 
     def follow_ball(self, boxes: Sequence[Box], result: Box, rounding: Rounding | None) -> Box:
@@ -83,8 +86,8 @@ class Dense(_Weighted):
     def bias_shape(self) -> Shape:
         return (-1,)
 
-    def map(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
+    def map(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
 
     def transpose(self, rows: Tensor) -> Tensor:
         return rows @ self.weight()
@@ -133,9 +136,9 @@ class Convolution(_Weighted):
     def _pad(self, x: Tensor) -> Tensor:
         return F.pad(x, self.padding, mode=self.mode)
 
-    def map(self, x: Tensor, weight: Tensor) -> Tensor:
+    def map(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         x = x if self.even else self._pad(x)
-        return _CONVOLVE[self.dims](x, weight, None, self.stride, self.inner_padding, self.dilation, self.groups)
+        return _CONVOLVE[self.dims](x, weight, bias, self.stride, self.inner_padding, self.dilation, self.groups)
 
     def _padded_shape(self) -> Shape:
         before_after = zip(self.padding[::2], self.padding[1::2], strict=True)
@@ -200,9 +203,9 @@ class TransposedConvolution(_Weighted):
         weight = self.weight()
         return weight.shape[0] // self.groups * math.prod(weight.shape[2:])
 
-    def map(self, x: Tensor, weight: Tensor) -> Tensor:
+    def map(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _TRANSPOSED[self.dims](
-            x, weight, None, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
         )
 
     def transpose(self, rows: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class Affine(Operator):
     def interval(self, boxes: Sequence[Box], rounding: Rounding | None) -> Box:
         """Centre through W, radius through |W|; rounding costs a vector operation, no further product."""
         box = boxes[0]
-        centre = self._plus(self.apply(box.centre), self.bias())
+        centre = self.evaluate(box.centre)
         if rounding is None:
             result = Box.around(centre, self.apply_absolute(box.radius), outward=False)
             return self.follow_ball(boxes, result, None)
