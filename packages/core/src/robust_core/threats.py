@@ -147,7 +147,8 @@ class Threat(ABC):
 
     def _land(self, x: Tensor, step: Tensor, eps: Tensor | float) -> Tensor:
         """Return x + step inside the radius; only rows that rounding takes out of it pay for exact arithmetic."""
-        near = self.clamp((x + step).to(x.dtype))
+        # The neighbour on the side of x is never farther than the step, however the sum rounds.
+        near = self.clamp(torch.nextafter((x + step).to(x.dtype), x))
         outside = self.distance(near, x) > eps
         if outside.device.type == "cpu" and not outside.any():
             return near

@@ -150,6 +150,8 @@ class _Loop:
             self.dead = dead
         else:
             self.patience = max(self.left.max(), 1)
+        if not (ended.any() or self.dead.any()):
+            return
         np.minimum.at(self.won, self.sample[self.dead], self.phase[self.dead])
         pointless = self.phase > self.won[self.sample]
         done = self.dead | ended | pointless
