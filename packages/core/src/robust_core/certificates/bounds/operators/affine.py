@@ -163,7 +163,7 @@ class Convolution(_Weighted):
 
     def _pull(self, rows: Tensor, weight: Tensor, target: Shape, extra: Shape) -> Tensor:
         """Return the transposed convolution by whichever kernel is fastest on CPUs for this shape."""
-        if self.dims == 2 and self.groups == 1 and target[0] <= 4:  # few channels: one product, then overlap-add
+        if self.dims == 2 and self.groups == 1 and target[0] == 1:  # one channel: one product, then overlap-add
             columns = torch.matmul(weight.flatten(1).t(), rows.flatten(2))
             return F.fold(columns, target[1:], weight.shape[2:], self.dilation, self.inner_padding, self.stride)
         if self.dims == 2 and rows.dtype == torch.float32:
