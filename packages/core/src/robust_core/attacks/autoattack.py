@@ -36,7 +36,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from robust_core.attacks.adaptive import BPDA
+from robust_core.attacks.adaptive import BPDA, persistent
 from robust_core.attacks.apgd import APGD, TargetedAPGD
 from robust_core.attacks.engine import AttackResult, IterativeAttack, Problem, prepare
 from robust_core.attacks.fab import FAB
@@ -335,8 +335,10 @@ class _Evaluation:
         meter = self.counter if target is self.model else PassCounter(target)
         here = replace(self.problem.rows(rows), model=meter, n_draws=max(self.n_draws, attack.n_draws))
         try:
+            # On a surrogate the first broken point only just crosses the border: it would not transfer.
+            chosen = persistent(attack) if "transfer" in strategy.name and target is not self.model else attack
             with frozen(target):
-                points = attack.search(here, on_step=self.on_step)
+                points = chosen.search(here, on_step=self.on_step)
         except NotDifferentiableError as error:
             progress.notes.append(f"{attack.name} was skipped: {error}")
             return self._log(progress, attack.name, len(rows), 0, before, started, skipped="no gradient")
