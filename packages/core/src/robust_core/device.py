@@ -40,14 +40,21 @@ __all__ = [
 def choose_device(name: str | torch.device | None = None) -> torch.device:
     """Return the device asked for, or the best one there is: CUDA, then Apple's, then the CPU.
 
+    Args:
+        name: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, ...; None or ``"auto"`` chooses.
+
     Raises:
         ResourceError: the device asked for is not there.
+        ValueError: no such kind of device.
     """
-    if name is None:
+    if name is None or name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is unknown; give 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
     if device.type == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= found:

@@ -33,12 +33,12 @@ def emit_json(document: Any) -> None:
 
 def info(text: str) -> None:
     """Print a line for people on stderr."""
-    _stderr().print(text)
+    _stderr().print(text, soft_wrap=True)
 
 
 def error(text: str) -> None:
     """Print an error on stderr."""
-    _stderr().print(f"[bold red]error:[/] {_escape(text)}")
+    _stderr().print(f"[bold red]error:[/] {_escape(text)}", soft_wrap=True)
 
 
 def _escape(text: str) -> str:
