@@ -4,7 +4,8 @@ Quick scale: digits 8x8, Linf 0.15. Full scale: Fashion-MNIST (10,000 training a
 accurate model is trained on clean data, the robust one against PGD-7 at 1.3 times the radius; a fifth of the training
 data is held out to choose the constant weight and is used for nothing else. Robust accuracy counts samples that
 withstand PGD-20 on the mixture itself, by cross-entropy and by margin; for the mixing network also an attack that
-drives its weight down. All figures are of the test split, in percentage points.
+drives its weight down. All figures are of the test split, in percentage points. Learning rate and epochs were
+chosen on held-out training data.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ class _Setting:
 
 def _setting(seed: int, scale: Scale) -> _Setting:
     full = scale == "full"
-    name, eps, epochs = ("fashion_mnist", 0.1, 15) if full else ("digits", 0.15, 30)
+    name, eps, epochs = ("fashion_mnist", 0.1, 15) if full else ("digits", 0.15, 40)
     train, test = load(name, split="train"), load(name, split="test")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(derive(seed, "split")))
     if full:
@@ -140,7 +141,7 @@ def _setting(seed: int, scale: Scale) -> _Setting:
 def _train(setting: _Setting, objective: nn.Module, seed: int) -> SmallCNN:
     shape = tuple(setting.train.batch(range(1))["x"].shape[1:])
     network = SmallCNN(setting.train.n_classes, (shape[0], shape[1], shape[2]), generator=seed)
-    optimiser = partial(torch.optim.AdamW, lr=2e-3, weight_decay=1e-4)
+    optimiser = partial(torch.optim.AdamW, lr=5e-3, weight_decay=1e-4)
     fit(network, setting.train, objective, epochs=setting.epochs, optimiser=optimiser, batch_size=64,
         schedule=scheduled(cosine()), generator=seed)  # fmt: skip
     return network.eval()

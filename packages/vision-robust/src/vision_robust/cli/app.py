@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from robust_core.cli import console
+from vision_robust.cli.words import check
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,6 +105,7 @@ def attack(
     json: Json = False,
 ) -> None:
     """Break the model with AutoAttack: accuracy that is left, attack by attack, with intervals and doubts."""
+    check(data=data, root=root, weights=weights, split=split, model=model, out=out, norm=norm, eps=eps, version=version)
     from robust_core.evaluation import Adversarial, Clean
     from robust_core.threats import parse_threat
     from vision_robust.cli.setting import prepare
@@ -142,6 +144,19 @@ def certify(
     json: Json = False,
 ) -> None:
     """Prove what no attack can do: certified accuracy against radius, for the function that is named."""
+    numbers = {"positive": {"sigma": sigma}, "shares": {"alpha": alpha}}
+    check(
+        data=data,
+        root=root,
+        weights=weights,
+        split=split,
+        model=model,
+        out=out,
+        norm=norm,
+        eps=eps,
+        certifier=method,
+        **numbers,
+    )
     from robust_core.evaluation import Certified, Clean
     from vision_robust.cli.setting import certifier, prepare
 
@@ -184,6 +199,10 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure everything that is asked for and write one report that can be shown."""
+    check(
+        data=data, root=root, weights=weights, split=split, model=model, out=out,
+        norm=norm, eps=eps, version=version, parts=parts, profile=profile, positive={"sigma": sigma},
+    )  # fmt: skip
     from vision_robust.cli.setting import choose_parts, prepare
 
     where = {"split": split, "root": root, "size": size, "n": n}
@@ -221,6 +240,10 @@ def harden(
     json: Json = False,
 ) -> None:
     """Make a model more robust; an interrupted run goes on where it stopped when the command is repeated."""
+    check(
+        data=data, root=root, weights=weights, model=model, out=out, norm=norm, eps=eps, objective=method,
+        precision=precision, positive={"sigma": sigma, "learning-rate": learning_rate},
+    )  # fmt: skip
     from vision_robust.cli import harden as verbs
 
     settings = verbs.HardenSettings(

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from robust_core.device import choose_device
 from torch import nn
 
 from robust_core.attacks import PGD
 from robust_core.claim import versions
 from robust_core.data import Dataset
+from robust_core.device import choose_device
 from robust_core.evaluation import Adversarial as AdversarialPart
 from robust_core.evaluation import Clean, evaluate
 from robust_core.io import save_tensors, write_json
@@ -94,7 +94,7 @@ def train(
     threat = parse_threat(settings.norm, settings.eps)
     objective = _objective(method, threat, settings.sigma)
     where = {"root": settings.root, "size": settings.size}
-    data = load_data(settings.data, split="train", n=settings.n, **where)
+    data = load_data(settings.data, split=None, part="train", n=settings.n, **where)
     network, words = _network(model, weights, data, settings.seed, device)
     settings.out.mkdir(parents=True, exist_ok=True)
     steps = settings.epochs * -(-len(data) // settings.batch_size)
@@ -138,7 +138,7 @@ def mix(
     threat = parse_threat(settings.norm, settings.eps)
     bases = [_load(accurate, "accurate", device), _load(robust, "robust", device)]
     where = {"root": settings.root, "size": settings.size}
-    held_out = load_data(settings.data, split="train", n=settings.n or 1000, **where)
+    held_out = load_data(settings.data, split=None, part="train", n=settings.n or 1000, **where)
     batch = held_out.batch(range(len(held_out)))
     attacks = [PGD(threat, n_iter=20, loss="margin"), PGD(threat, n_iter=20)]
     curve = tradeoff_curve(
@@ -170,7 +170,9 @@ def _finish(
     details: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure quickly (marked as such), write ``result.json`` and return it."""
-    test = load_data(settings.data, split="test", root=settings.root, size=settings.size, n=settings.n or 500)
+    test = load_data(
+        settings.data, split=None, part="test", root=settings.root, size=settings.size, n=settings.n or 500
+    )
     parts = [Clean(), AdversarialPart(threat, version="fast")]
     report = evaluate(
         network, test, parts, generator=settings.seed, device=choose_device(settings.device), on_step=on_step

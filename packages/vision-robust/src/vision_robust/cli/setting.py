@@ -12,7 +12,7 @@ from torch import nn
 from robust_core.certificates import Crown, IntervalBounds, LipschitzCertifier, Smoothing
 from robust_core.data import Dataset, load
 from robust_core.device import choose_device
-from robust_core.errors import ResourceError
+from robust_core.errors import DataMissingError, ResourceError
 from robust_core.evaluation import (
     Adversarial,
     Calibration,
@@ -58,7 +58,7 @@ def prepare(
 ) -> Setting:
     """Load everything, and see that model and data fit before any long work begins."""
     where = choose_device(device)
-    dataset = load_data(data, split=split or "test", root=root, size=size, n=n)
+    dataset = load_data(data, split=split, root=root, size=size, n=n)
     network = load_model(model, weights=weights, normalise=parse_normalise(normalise), device=where)
     probe = dataset.batch(range(1))["x"].to(where)
     try:
@@ -70,12 +70,31 @@ def prepare(
     return Setting(network, dataset, model, seed, where, batch_size)
 
 
-def load_data(data: str, *, split: str, root: Path | None, size: int | None, n: int | None) -> Dataset:
-    """Return the data set, thinned to ``n`` evenly spaced samples."""
-    if ("/" in data or data.endswith(".npz")) and not Path(data).exists():
+def load_data(
+    data: str, *, split: str | None, root: Path | None, size: int | None, n: int | None, part: str | None = None
+) -> Dataset:
+    """Return the data set, thinned to ``n`` evenly spaced samples.
+
+    Args:
+        data: name or path.
+        split: what the user asked for; None means test where the data has one, else all of it.
+        root: where named data sets lie.
+        size: side of the images of a folder.
+        n: number of samples, or None for all.
+        part: ``"train"`` or ``"test"`` for training and its judgement: data without splits is divided, every fifth
+            sample being the test.
+    """
+    if ("/" in data or data.endswith(".npz")) and not Path(data).exists() and root is None:
         raise ResourceError(f"--data {data}: no such file or folder")
-    options: dict[str, Any] = {} if size is None else {"size": size}
-    dataset = load(data, split, root, **options)
+    try:
+        dataset = load(data, split or part or "test", root, size=size)
+    except (ValueError, DataMissingError):
+        if split is not None or not Path(data).exists():
+            raise
+        dataset = load(data, "all", root, size=size)
+        if part is not None:
+            is_test = part == "test"
+            dataset = dataset.subset([i for i in range(len(dataset)) if (i % 5 == 0) == is_test])
     if n is None or n >= len(dataset):
         return dataset
     return dataset.subset(torch.linspace(0, len(dataset) - 1, n).round().long().tolist())

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from robust_core.random import Seed, resolve_seed
@@ -53,6 +52,8 @@ class SmallCNN(nn.Module):
 
 def resnet18_32(n_classes: int = 10, *, channels: int = 3, generator: Seed = None) -> nn.Module:
     """Return torchvision's ResNet-18 with the stem that images of about 32 x 32 pixels want: 3x3, no pooling."""
+    import torchvision  # only here: importing it takes seconds
+
     with _seeded(generator):
         network = torchvision.models.resnet18(num_classes=n_classes)
         network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)

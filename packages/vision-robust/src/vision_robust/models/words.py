@@ -9,7 +9,6 @@ from typing import Any
 from urllib.error import URLError
 
 import torch
-import torchvision
 from torch import nn
 
 from robust_core import loading
@@ -60,6 +59,8 @@ def _head_size(plain: nn.Module, weights: str) -> int:
 
 
 def _torchvision(name: str, weights: str | None) -> nn.Module:
+    import torchvision  # only here: importing it takes seconds
+
     try:
         published: Any = torchvision.models.get_model_weights(name)["DEFAULT"]
     except ValueError as error:
