@@ -1,5 +1,6 @@
 """Every Python snippet of the documentation and the READMEs runs, and the site builds without a warning."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -25,6 +26,15 @@ def test_relative_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_table_of_claims_is_that_of_the_committed_results() -> None:
+    spec = importlib.util.spec_from_file_location("make_claims", ROOT / "docs" / "make_claims.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "claims.md").read_text() == module.page()
 
 
 def test_the_site_builds(tmp_path: Path) -> None:
