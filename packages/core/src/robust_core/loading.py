@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import nn
 from robust_core.errors import ResourceError
 from robust_core.io import load_weights
 from robust_core.io.exported import load_exported
+from robust_core.words import check_module, current_folder, parse_spec
 
 __all__ = ["Scheme", "load_factory", "load_model"]
 
@@ -47,17 +46,14 @@ def load_model(
         ResourceError: a module or file that is not there.
         UntrustedFileError: a file that could run code.
     """
-    prefix, colon, name = spec.partition(":")
-    if spec.endswith(".pt2"):
+    kind, name = parse_spec(spec, schemes or ())
+    if kind == "pt2":
         if weights is not None:
             raise ValueError(f"weights={weights!r}: an exported program holds its own weights")
         return load_exported(spec, device=device)
     path = None if weights is None else os.fspath(weights)
-    if schemes and prefix in schemes and colon:
-        return schemes[prefix](name, path).to(device).eval()
-    if not colon or not all(part.isidentifier() for part in (*prefix.split("."), *name.split("."))):
-        known = "".join(f", {scheme}:NAME" for scheme in schemes or {})
-        raise ValueError(f"model {spec!r}: give package.module:factory{known} or a .pt2 file")
+    if schemes and kind in schemes:
+        return schemes[kind](name, path).to(device).eval()
     model = load_factory(spec)
     if path is not None:
         load_into(model, path)
@@ -88,7 +84,8 @@ def load_factory(spec: str, **arguments: Any) -> nn.Module:
         ValueError: it has no such name, or the name gives no ``nn.Module``.
     """
     module_name, _, name = spec.partition(":")
-    with _current_folder():
+    check_module(spec)
+    with current_folder():
         try:
             found: Any = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
@@ -106,17 +103,3 @@ def load_factory(spec: str, **arguments: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {spec!r} gave {type(model).__name__}; an nn.Module is needed")
     return model
-
-
-@contextmanager
-def _current_folder() -> Any:
-    """Let modules beside the user be imported, as ``python -m`` does."""
-    here = os.getcwd()
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        if added:
-            sys.path.remove(here)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 from typing import ClassVar
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from robust_core.checks import check_number
 from robust_core.random import SampleStreams
+from robust_core.words import check_norm, parse_eps
 
 __all__ = ["L1", "L2", "Linf", "Threat", "parse_threat", "row_sums"]
 
@@ -373,7 +373,7 @@ def _l1_dual(size: Tensor, cap: Tensor, eps: Tensor) -> Tensor:
 _NEWTON_STEPS = 40
 
 
-_BY_NAME = {"linf": Linf, "inf": Linf, "l2": L2, "2": L2, "l1": L1, "1": L1}
+_BY_NAME = {kind.name: kind for kind in (Linf, L2, L1)}
 
 
 def parse_threat(norm: str, eps: float | str, *, domain: tuple[float, float] | None = (0.0, 1.0)) -> Threat:
@@ -382,11 +382,4 @@ def parse_threat(norm: str, eps: float | str, *, domain: tuple[float, float] | N
     Raises:
         ValueError: an unknown norm, or a radius that is neither a number nor a fraction.
     """
-    kind = _BY_NAME.get(str(norm).lower())
-    if kind is None:
-        raise ValueError(f"norm={norm!r}: choose one of 'linf', 'l2', 'l1'")
-    try:
-        radius = float(Fraction(eps)) if isinstance(eps, str) else eps
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"eps={eps!r}: a number or a fraction such as 8/255 is needed") from None
-    return kind(radius, domain)
+    return _BY_NAME[check_norm(norm)](parse_eps(eps), domain)

@@ -20,7 +20,6 @@ from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
-from scipy.signal import fftconvolve
 from scipy.special import gammaln, xlog1py, xlogy
 
 from robust_core.checks import check_number
@@ -39,6 +38,12 @@ def _binomial(n: int, p: float) -> np.ndarray:
     k = np.arange(n + 1)
     log = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1) + xlogy(k, p) + xlog1py(n - k, -p)
     return np.exp(log)
+
+
+def _convolve(mass: np.ndarray, step: np.ndarray) -> np.ndarray:
+    from scipy.signal import fftconvolve  # only here: importing it takes a second or two
+
+    return fftconvolve(mass, step)
 
 
 def _spending(p0: float, looks: np.ndarray, alpha: float) -> np.ndarray:
@@ -78,7 +83,7 @@ def _boundary(p0: float, looks: tuple[int, ...], alpha: float) -> tuple[int, ...
     boundary: list[int] = []
     mass, low, spent, before = np.ones(1), 0, 0.0, 0
     for look, budget in zip(looks, allowed, strict=True):
-        mass = np.maximum(fftconvolve(mass, _binomial(look - before, p0)), 0.0)
+        mass = np.maximum(_convolve(mass, _binomial(look - before, p0)), 0.0)
         before = look
         tail = np.cumsum(mass[::-1])[::-1]  # P(count >= k, not crossed before)
         spent += _ROUNDING + _NEGLIGIBLE
@@ -102,7 +107,7 @@ def crossing_probability(p: float, looks: Sequence[int], boundary: Sequence[int]
     check_number("p", p, low=0.0, high=1.0)
     mass, crossed, before = np.ones(1), 0.0, 0
     for look, limit in zip(looks, boundary, strict=True):
-        mass = np.maximum(fftconvolve(mass, _binomial(int(look) - before, p)), 0.0)
+        mass = np.maximum(_convolve(mass, _binomial(int(look) - before, p)), 0.0)
         before = int(look)
         crossed += float(mass[int(limit) :].sum())
         mass = mass[: int(limit)]

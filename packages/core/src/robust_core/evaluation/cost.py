@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from robust_core.models import Classifier, frozen, padded
 
@@ -28,6 +27,8 @@ def cost_of(model: Classifier, x: Tensor, *, repeats: int = 5) -> dict[str, Any]
         attention), for one sample; None where the model cannot be traced by it. ``forward_ms``: one pass over ``rows``
         samples; a rough figure, on a machine that may do other things.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # only here: it imports triton
+
     parameters = sum(p.numel() for p in model.parameters()) if isinstance(model, nn.Module) else 0
     batch = padded(x)
     flops: float | None = None

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import binom
 
 from robust_core.errors import CertificationError
 
@@ -52,7 +51,11 @@ class Comparison:
 
 def violation_limit(n: int, alpha: float) -> int:
     """Return the number of violations among ``n`` certificates that is still explained by ``alpha`` (99.9 %)."""
-    return int(binom.ppf(0.999, n, alpha)) if alpha > 0 and n else 0
+    if alpha <= 0 or not n:
+        return 0
+    from scipy.stats import binom  # a second of import, spared where nothing is random
+
+    return int(binom.ppf(0.999, n, alpha))
 
 
 def compare_rows(certificate: Mapping[str, np.ndarray], attack: Mapping[str, np.ndarray]) -> tuple[int, np.ndarray]:

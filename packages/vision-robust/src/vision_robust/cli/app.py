@@ -144,19 +144,10 @@ def certify(
     json: Json = False,
 ) -> None:
     """Prove what no attack can do: certified accuracy against radius, for the function that is named."""
-    numbers = {"positive": {"sigma": sigma}, "shares": {"alpha": alpha}}
     check(
-        data=data,
-        root=root,
-        weights=weights,
-        split=split,
-        model=model,
-        out=out,
-        norm=norm,
-        eps=eps,
-        certifier=method,
-        **numbers,
-    )
+        data=data, root=root, weights=weights, split=split, model=model, out=out,
+        norm=norm, eps=eps, certifier=method, positive={"sigma": sigma}, shares={"alpha": alpha},
+    )  # fmt: skip
     from robust_core.evaluation import Certified, Clean
     from vision_robust.cli.setting import certifier, prepare
 

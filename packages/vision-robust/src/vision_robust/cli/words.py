@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from robust_core.errors import ResourceError
-from robust_core.words import check_norm, check_word, parse_eps, parse_spec
+from robust_core.words import check_module, check_norm, check_word, parse_eps, parse_spec
 
 __all__ = ["CERTIFIERS", "OBJECTIVES", "PARTS", "PRECISIONS", "PROFILES", "SCHEMES", "SPLITS", "VERSIONS", "check"]
 
@@ -87,6 +87,8 @@ def check(
 
 def _check_model(model: str) -> None:
     kind, name = parse_spec(model, SCHEMES)
+    if kind == "factory":
+        check_module(model)
     if kind == "pt2" and not Path(model).is_file():
         raise ResourceError(f"--model {model}: no such file")
     if kind == "mixed" and not (Path(name) / "mixed.json").is_file():

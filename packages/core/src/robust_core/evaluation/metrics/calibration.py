@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
 from robust_core.checks import check_count, check_same_length
@@ -148,6 +147,8 @@ def fit_temperature(logits: Array, y: Array) -> float:
 
     Fit it on a held-out split only, never on the data that it is then judged on.
     """
+    from scipy.optimize import minimize_scalar  # only here: importing it takes a second
+
     scores, labels = as_array(logits, np.float64), as_array(y, np.int64)
 
     def loss(log_t: float) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from robust_core.certificates.statistics import clopper_pearson
@@ -101,7 +101,7 @@ def mean(values: Array, *, low: float = -math.inf, high: float = math.inf, confi
     centre = float(numbers.mean())
     if n < 2 or not np.isfinite(numbers).all():
         return Estimate(centre, None, n)
-    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * numbers.std(ddof=1) / math.sqrt(n))
+    half = float(special.stdtrit(n - 1, 0.5 + confidence / 2) * numbers.std(ddof=1) / math.sqrt(n))
     return Estimate(centre, (max(low, centre - half), min(high, centre + half)), n)
 
 

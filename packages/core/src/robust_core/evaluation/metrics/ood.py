@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.stats import norm, rankdata
+from scipy.special import ndtri
 
 from robust_core.evaluation.metrics.estimate import Array, Estimate, as_array
 
@@ -37,7 +37,8 @@ def auroc(score_in: Array, score_ood: Array) -> Estimate:
         score_in: (N,) scores of known inputs.
         score_ood: (M,) scores of unknown inputs, which should be higher.
     """
-    from sklearn.metrics import roc_auc_score  # only here: importing it takes a second
+    from scipy.stats import rankdata  # only here: importing these takes seconds
+    from sklearn.metrics import roc_auc_score
 
     known, unknown, scores = _both(score_in, score_ood)
     n, m = len(known), len(unknown)
@@ -49,7 +50,7 @@ def auroc(score_in: Array, score_ood: Array) -> Estimate:
     over_known = (ranks[n:] - rankdata(unknown)) / n  # for each unknown: share of known inputs below it
     over_unknown = 1 - (ranks[:n] - rankdata(known)) / m
     spread = math.sqrt(over_known.var(ddof=1) / m + over_unknown.var(ddof=1) / n)
-    half = float(norm.ppf(0.975)) * spread
+    half = float(ndtri(0.975)) * spread
     return Estimate(value, (max(0.0, value - half), min(1.0, value + half)), n + m)
 
 

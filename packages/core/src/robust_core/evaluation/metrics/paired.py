@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 
 from robust_core.checks import check_count, check_same_length
 from robust_core.evaluation.metrics.estimate import Array, as_array
@@ -47,6 +46,8 @@ def compare_correct(correct_a: Array, correct_b: Array, *, generator: Seed = Non
     if a.dtype != np.bool_ or b.dtype != np.bool_:
         raise TypeError(f"correct_a is {a.dtype}, correct_b {b.dtype}; booleans are needed")
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    from scipy.stats import binomtest  # only here: importing it takes a second
+
     p = binomtest(only_a, only_a + only_b, 0.5).pvalue if only_a + only_b else 1.0
     interval = paired_bootstrap(a.astype(np.float64), b.astype(np.float64), generator=generator)
     return Paired((only_a - only_b) / n, interval, float(p), only_a, only_b, n)
