@@ -23,6 +23,9 @@ from robust_core.errors import CertificationError
 __all__ = ["Ball", "Box", "Rounding", "down", "up"]
 
 WIDE_UNIT = 2.0**-53
+"""Unit roundoff of float64."""
+UNDERFLOW = 1e-300
+"""More than what float64 loses by underflow."""
 
 
 def _gamma(n: int, unit: float) -> float:
@@ -99,10 +102,11 @@ class Box:
     With ``outward`` each conversion rounds away from the enclosed set; without, it is plain and differentiable.
     """
 
-    __slots__ = ("_centre", "_lower", "_radius", "_upper", "ball", "outward")
+    __slots__ = ("_centre", "_lower", "_radius", "_upper", "ball", "outward", "spare")
 
     def __init__(self, *, outward: bool) -> None:
         self.outward = outward
+        self.spare = False
         self._lower: Tensor | None = None
         self._upper: Tensor | None = None
         self._centre: Tensor | None = None
@@ -123,6 +127,13 @@ class Box:
         box._centre, box._radius = centre, radius
         return box
 
+    @classmethod
+    def covered(cls, centre: Tensor, radius: Tensor) -> Box:
+        """Return the box of a centre and a radius to which the rounding of ``centre +- radius`` was added already."""
+        box = cls.around(centre, radius, outward=True)
+        box.spare = True
+        return box
+
     @property
     def has_ends(self) -> bool:
         """Whether the ends are already there."""
@@ -133,7 +144,7 @@ class Box:
         """(B, ...) lower ends."""
         if self._lower is None:
             lower = self.centre - self.radius
-            self._lower = down(lower) if self.outward else lower
+            self._lower = down(lower) if self.outward and not self.spare else lower
         return self._lower
 
     @property
@@ -141,7 +152,7 @@ class Box:
         """(B, ...) upper ends."""
         if self._upper is None:
             upper = self.centre + self.radius
-            self._upper = up(upper) if self.outward else upper
+            self._upper = up(upper) if self.outward and not self.spare else upper
         return self._upper
 
     @property
@@ -174,4 +185,6 @@ class Box:
         """Return the box after ``move``, which only moves elements."""
         if self.has_ends:
             return Box.ends(move(self.lower), move(self.upper), outward=self.outward)
-        return Box.around(move(self.centre), move(self.radius), outward=self.outward)
+        moved = Box.around(move(self.centre), move(self.radius), outward=self.outward)
+        moved.spare = self.spare
+        return moved

@@ -103,12 +103,13 @@ class _Recorder(fx.Interpreter):
         return self.values[n]
 
 
-def trace(model: nn.Module, x: Tensor) -> Graph:
+def trace(model: nn.Module, x: Tensor, *, fixed: bool = False) -> Graph:
     """Return the graph of ``model`` in eval mode.
 
     Args:
         model: any ``nn.Module`` of supported layers that maps (B, *shape) to logits (B, C); left as found.
         x: (B, *shape) a batch that shows shape, dtype and device.
+        fixed: the parameters will never change again, so that what is computed of them alone may be kept.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
@@ -130,6 +131,8 @@ def trace(model: nn.Module, x: Tensor) -> Graph:
             raise CertificationError(f"the model returned {found}; a classifier maps (B, ...) to logits (B, C)")
         graph = _Builder(traced, recorder.values).build()
         _check_replay(graph, model, example)
+    for node in graph.nodes[1:]:
+        operator_of(node).fixed = fixed
     return graph
 
 

@@ -51,7 +51,7 @@ class Region:
         if rounding is not None:
             lower, upper = down(lower), up(upper)
         if threat.domain is not None:
-            lower, upper = lower.clamp(min=threat.domain[0]), upper.clamp(max=threat.domain[1])
+            lower, upper = lower.clamp_(min=threat.domain[0]), upper.clamp_(max=threat.domain[1])
         box = Box.ends(lower, upper, outward=rounding is not None)
         if not math.isinf(threat.p):
             box.ball = Ball(x, wide.expand_as(x), torch.zeros_like(x))

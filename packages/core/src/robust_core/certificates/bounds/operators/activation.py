@@ -64,9 +64,9 @@ class Rectifier(Activation):
 
     def interval(self, boxes: Sequence[Box], rounding: Rounding | None) -> Box:
         box = boxes[0]
-        if not self.slope and rounding is None and not box.has_ends:  # no more passes over memory than needed
+        if not self.slope and not box.has_ends and (box.spare or not box.outward):  # no more passes than needed
             lower, upper = box.centre - box.radius, box.centre + box.radius
-            return Box.ends(lower.relu_(), upper.relu_(), outward=False)
+            return Box.ends(lower.relu_(), upper.relu_(), outward=box.outward)
         if not self.slope:
             return Box.ends(box.lower.relu(), box.upper.relu(), outward=box.outward)
         lower, upper = self.evaluate(box.lower), self.evaluate(box.upper)

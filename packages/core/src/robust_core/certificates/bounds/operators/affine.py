@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -30,16 +31,25 @@ class _Weighted(Affine):
         super().__init__(label, in_shapes, shape)
         self.weight = weight
         self._bias = bias
-        self._known: tuple[Tensor, int, Tensor] | None = None
+        self._absolute: Tensor | None = None
+        self._gain: float | None = None
 
     def absolute_weight(self) -> Tensor:
-        """Return |W|, kept between calls while W is the same and needs no gradient."""
-        weight = self.weight()
-        if weight.requires_grad and torch.is_grad_enabled():
-            return weight.abs()
-        if self._known is None or self._known[0] is not weight or self._known[1] != weight._version:
-            self._known = (weight, weight._version, weight.detach().abs())
-        return self._known[2]
+        """Return |W|; kept where the weights are fixed (writes to ``weight.data`` leave no trace by which to tell)."""
+        if not self.fixed:
+            return self.weight().abs()
+        if self._absolute is None:
+            self._absolute = self.weight().detach().abs()
+        return self._absolute
+
+    def gain(self) -> float:
+        if self._gain is None or not self.fixed:
+            self._gain = self.largest_row()
+        return self._gain
+
+    @abstractmethod
+    def largest_row(self) -> float:
+        """Return the largest absolute row sum of W, or more."""
 
     def bias_shape(self) -> Shape:
         """Return how the bias broadcasts to the output."""
@@ -92,7 +102,7 @@ class Dense(_Weighted):
     def transpose(self, rows: Tensor) -> Tensor:
         return rows @ self.weight()
 
-    def gain(self) -> float:
+    def largest_row(self) -> float:
         return float(self.absolute_weight().sum(1).max())
 
 
@@ -172,7 +182,7 @@ class Convolution(_Weighted):
             rows, weight, None, self.stride, self.inner_padding, extra, self.groups, self.dilation
         ).contiguous()
 
-    def gain(self) -> float:
+    def largest_row(self) -> float:
         return float(self.absolute_weight().flatten(1).sum(1).max())
 
 
@@ -212,7 +222,7 @@ class TransposedConvolution(_Weighted):
         pulled = _CONVOLVE[self.dims](rows, self.weight(), None, self.stride, self.padding, self.dilation, self.groups)
         return pulled[(..., *(slice(size) for size in self.in_shapes[0][1:]))]
 
-    def gain(self) -> float:
+    def largest_row(self) -> float:
         # Each tap reaches an output element at most once: the sum over all taps bounds every row.
         return (
             float(self.absolute_weight().sum(0).flatten(1).sum(1).max())

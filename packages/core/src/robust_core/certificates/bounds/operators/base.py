@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robust_core.certificates.bounds.box import Box, Rounding
+from robust_core.certificates.bounds.box import UNDERFLOW, WIDE_UNIT, Box, Rounding
 
 __all__ = ["Affine", "Getter", "Operator", "Shape", "adjoint", "contract"]
 
@@ -44,10 +44,12 @@ class Operator(ABC):
         label: how messages name it: its kind and where it stands.
         in_shapes: shapes of its inputs, without the batch.
         shape: shape of its output, without the batch.
+        fixed: whether its parameters never change any more.
     """
 
     linear: ClassVar[bool] = False
     dense: ClassVar[bool] = False
+    fixed: bool = False
 
     def __init__(self, label: str, in_shapes: Sequence[Shape], shape: Shape) -> None:
         self.label = label
@@ -135,23 +137,25 @@ class Affine(Operator):
     def interval(self, boxes: Sequence[Box], rounding: Rounding | None) -> Box:
         """Centre through W, radius through |W|; rounding costs a vector operation, no further product."""
         box = boxes[0]
-        centre = self.evaluate(box.centre)
         if rounding is None:
-            result = Box.around(centre, self.apply_absolute(box.radius), outward=False)
+            result = Box.around(self.evaluate(box.centre), self.apply_absolute(box.radius), outward=False)
             return self.follow_ball(boxes, result, None)
-        gamma = rounding.gamma(self.terms + 8)
-        size = box.centre.abs()
-        radius = self.apply_absolute(box.radius + gamma * (2 * size + box.radius))
-        bias = self.bias_size()
-        if bias is not None:
-            radius = radius + 2 * gamma * bias
-        radius = (1 + 2 * gamma) * radius + (self.terms + 8) * 2 * rounding.tiny
+        # Beside the user's rounding, 8 units of float64 for ours: centre and radius from the ends, and back again.
+        gamma = rounding.gamma(self.terms + 8) + 8 * WIDE_UNIT
+        if box.has_ends:
+            centre, radius = (box.lower + box.upper).mul_(0.5), (box.upper - box.lower).mul_(0.5)
+            peak = torch.maximum(box.upper.flatten(1).amax(1), -box.lower.flatten(1).amin(1))
+        else:
+            centre, radius = box.centre, box.radius
+            peak = (centre.abs() + radius).flatten(1).amax(1)
+        slack = centre.abs().mul_(2 * gamma * (1 + 2 * gamma)).add_(radius, alpha=(1 + gamma) * (1 + 2 * gamma))
+        radius, bias, gain = self.apply_absolute(slack), self.bias_size(), self.gain()
         # Partial sums must not overflow in the user's arithmetic, in whatever order they are formed.
-        peak = (size + box.radius).flatten(1).amax(1) * self.gain()
-        peak = peak if bias is None else peak + bias.max()
-        peak = peak.reshape(-1, *[1] * (radius.ndim - 1))
+        peak, least = peak * gain, (self.terms + 8) * 2 * rounding.tiny + gain * UNDERFLOW
+        peak = (peak if bias is None else peak + bias.max()).reshape(-1, *[1] * (radius.ndim - 1))
         radius = torch.where(peak < rounding.largest / 4, radius, torch.inf)
-        return self.follow_ball(boxes, Box.around(centre, radius, outward=True), rounding)
+        radius.add_(least) if bias is None else radius.add_(2 * gamma * (1 + 2 * gamma) * bias + least)
+        return self.follow_ball(boxes, Box.covered(self.evaluate(centre), radius), rounding)
 
     def follow_ball(self, boxes: Sequence[Box], result: Box, rounding: Rounding | None) -> Box:
         """Return ``result``, tightened or annotated by what is known of a ball at the input."""
