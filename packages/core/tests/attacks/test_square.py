@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from robust_core.attacks.square import Square, _centred, _grid, _window
+from robust_core.testing.tiny import digits, digits_cnn
 from robust_core.threats import L1, L2, Linf
 
 EPS = {Linf: 0.1, L2: 1.0, L1: 6.0}
@@ -112,8 +113,25 @@ def test_counts_queries_exactly():
 
     x, y = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(3, dtype=torch.int64)
     result = Square(Linf(0.1), n_iter=9).run(model, x, y)
-    assert result.forwards == sum(seen) == 16 * (9 + 1)
+    # The start, whose score counts as kept; five and three queries of each image in the padding; the final check.
+    assert result.forwards == sum(seen) == 16 * 4
     assert not result.success.any()
+
+
+@pytest.mark.parametrize("threat", [Linf(0.1), L2(1.0), L1(6.0)])
+def test_several_queries_in_one_pass_are_those_one_after_the_other(threat, monkeypatch):
+    """Points, outcomes and the very query that breaks an image: whatever the number of rows that share a pass."""
+    (x, y), model = digits(), digits_cnn("adversarial")
+    x, y, attack = x[:24], y[:24], Square(threat, n_iter=150)
+    with monkeypatch.context() as patched:
+        patched.setattr(Square, "_ahead", lambda self, state: 1)
+        expected = attack.run(model, x, y)
+    assert 0 < expected.success.sum() < len(x)
+    for rows in (torch.arange(3), torch.tensor([7]), torch.arange(24)):
+        result = attack.run(model, x[rows], y[rows], index=rows)
+        assert torch.equal(result.x_adv, expected.x_adv[rows])
+        assert torch.equal(result.success, expected.success[rows])
+        assert torch.equal(result.loss, expected.loss[rows])
 
 
 def test_needs_no_gradient():

@@ -237,7 +237,8 @@ class IterativeAttack(ABC):
         """Return the state of fresh rows. It may use the model.
 
         An entry ``limit`` (B,) int64 sets the calls of ``step`` of each row, ``evaluations`` otherwise, for attacks
-        that know it only here.
+        that know it only here. An entry ``left`` (B,) int64, which ``step`` lowers, is for attacks whose calls may do
+        the work of several: a row ends where it reaches 0.
         """
 
     @abstractmethod

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from robust_core.attacks.engine import IterativeAttack, Problem, Rows
 from robust_core.attacks.hyperplane import nearest_on_hyperplane
-from robust_core.attacks.minimum_norm import begin_record, finish_record, record
+from robust_core.attacks.minimum_norm import begin_record, finish_record, fresh_record, record
 from robust_core.checks import check_count, check_number
 from robust_core.threats import Threat, row_sums
 
@@ -71,6 +71,11 @@ class FAB(IterativeAttack):
         check_number("eta", self.eta, low=1)
         check_number("beta", self.beta, low=0, high=1, open_high=True)
 
+    @property
+    def parallel_phases(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Runs have a record in common only where the nearest point of all is asked for."""
+        return not self.minimise
+
     def begin(self, problem: Problem) -> Rows:
         """Return the state of fresh rows: the targets, the current point and the record."""
         state = begin_record(problem)
@@ -85,13 +90,17 @@ class FAB(IterativeAttack):
         return state["targets"].shape[1] * self.n_restarts
 
     def restart(self, problem: Problem, state: Rows) -> Rows:
-        """Return the starts of the next run: the clean input in the first round over the targets, then random."""
+        """Return the starts of the next run: the clean input in the first round over the targets, then random.
+
+        The record of the nearest point is carried on where it is asked for.
+        """
+        fresh = {} if self.minimise else fresh_record(problem)
         if problem.phase is None or self.n_restarts == 1:
-            return {"at": problem.x}
+            return {**fresh, "at": problem.x}
         near = problem.threat.with_eps(problem.threat.eps / 2)
         start = near.random_start(problem.x, problem.streams("fab start"), draw=problem.phase)
         first = (problem.phase < state["targets"].shape[1]).reshape(-1, *[1] * (start.ndim - 1))
-        return {"at": torch.where(first, problem.x, start)}
+        return {**fresh, "at": torch.where(first, problem.x, start)}
 
     def step(self, problem: Problem, state: Rows) -> tuple[Rows, Tensor, Tensor]:
         """Evaluate the current point, note it, and move along the boundary."""

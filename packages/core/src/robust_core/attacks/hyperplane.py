@@ -57,24 +57,25 @@ def _unbounded(slope: Tensor, need: Tensor, norm: str) -> Tensor:
 
 
 def _common_pace(slope: Tensor, room: Tensor, need: Tensor, norm: str) -> Tensor:
-    """Return ``min(t pace, room)``, ``t`` such that ``<slope, .>`` reaches ``need``; pace 1 (Linf) or slope (L2).
+    """Return ``min(t, room)`` (Linf) or ``min(t slope, room)`` (L2), ``t`` such that ``<slope, .>`` reaches ``need``.
 
     Newton's method from below: the sum is concave in ``t``, so every step falls short of the root or hits it, and sets
     at least one more element to its room. It ends at the root itself, mostly after two to five steps.
     """
-    pace = slope if norm == "L2" else torch.ones_like(slope)
-    gain, most = slope * pace, slope * room
-    rising = gain.sum(1)
-    t = (need / rising.clamp(min=_tiny(slope))).clamp(max=_FAR)
-    for _ in range(slope.shape[1]):
-        free = t[:, None] * pace < room
+    even = norm == "Linf"
+    gain, most = slope if even else slope * slope, slope * room
+    t = torch.zeros_like(need)
+    reach = t[:, None] if even else t[:, None] * slope
+    for _ in range(slope.shape[1] + 1):  # the first takes out the elements without any room
+        free = reach < room
         short = need - most.masked_fill(free, 0).sum(1)
         further = (short / (gain * free).sum(1).clamp(min=_tiny(slope))).clamp(max=_FAR)
         further = torch.maximum(further, t)
         if torch.equal(further, t):  # for all rows; one more step would change none
             break
         t = further
-    return torch.minimum(t[:, None] * pace, room)
+        reach = t[:, None] if even else t[:, None] * slope
+    return torch.minimum(reach, room)
 
 
 def _greedy(slope: Tensor, room: Tensor, need: Tensor) -> Tensor:

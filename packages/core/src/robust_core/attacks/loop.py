@@ -37,7 +37,7 @@ class _Loop:
     How many iterations each row has left is known on the host, so the device is asked only which rows broke: after
     every iteration while rows keep breaking (and always on the CPU, where asking is free), else ever more rarely.
 
-    Where the attack allows it (``parallel_phases``) and no sample waits, the padding of a small batch is put to use:
+    Where the attack allows it (``parallel_phases``) and no sample waits, the room in the batch is put to use:
     further phases of the samples that are left run beside the current ones. The outcome is that of one after the
     other: the lowest phase that breaks a sample counts, and lower ones are always run to their end.
     """
@@ -58,6 +58,7 @@ class _Loop:
         self.here = problem
         self.state: Rows = {}
         self.patience = 1
+        self.moved = False  # whether rows came, left or changed their phase
 
     def run(self) -> Tensor:
         batch = self.attack.batch_size
@@ -67,8 +68,9 @@ class _Loop:
                 self._refill(room)
             if not len(self.sample):
                 return self.found
-            if self.attack.parallel_phases and not len(self.waiting):
-                self._use_padding(min(batch, ROW_MINIMUM) - len(self.sample))
+            if self.attack.parallel_phases and self.moved and not len(self.waiting):
+                self._use_room()
+            self.moved = False
             window = int(min(self.patience, self.left.min()))
             ends = bool((self.left == window).all())
             for i in range(window):
@@ -86,15 +88,27 @@ class _Loop:
         self.opened[fresh] = 1
         self._join(fresh, np.zeros_like(fresh), left, _opened(problem, state))
 
-    def _use_padding(self, room: int) -> None:
+    def _use_room(self) -> None:
+        """Open further phases: in the padding those of any sample, beyond it of those that outlived their first.
+
+        The latter mostly outlive them all, so that little is done in vain.
+        """
+        batch, n = self.attack.batch_size, len(self.sample)
+        padding = min(batch, ROW_MINIMUM) - n
+        room = (min(batch, _PLENTY) if self.device.type == "cpu" else batch) - n
         samples, parents = np.unique(self.sample, return_index=True)
         able = np.minimum(self.phases, self.won[samples]) - self.opened[samples]
-        extra = [
-            (self.opened[s] + k, s, p) for s, p, free in zip(samples, parents, able, strict=True) for k in range(free)
-        ]
-        if room <= 0 or not extra:
+        if room <= 0 or able.max() <= 0:
             return
-        phase, sample, parent = (np.array(column) for column in zip(*sorted(extra)[:room], strict=True))
+        lowest = np.full(self.n, _NONE)
+        np.minimum.at(lowest, self.sample, self.phase)
+        extra = sorted(
+            (self.opened[s] + k, s, p) for s, p, free in zip(samples, parents, able, strict=True) for k in range(free)
+        )
+        extra = [row for i, row in enumerate(extra) if i < padding or lowest[row[1]] > 0][:room]
+        if not extra:
+            return
+        phase, sample, parent = (np.array(column) for column in zip(*extra, strict=True))
         np.add.at(self.opened, sample, 1)
         rows = self._tensor(parent)
         old = {k: v[rows] for k, v in self.state.items()}
@@ -107,6 +121,7 @@ class _Loop:
         self.state = {k: torch.cat([self.state[k], v]) for k, v in state.items()} if self.state else state
         self.sample, self.phase = np.append(self.sample, sample), np.append(self.phase, phase)
         self.left, self.dead = np.append(self.left, left), np.append(self.dead, np.zeros(len(sample), dtype=bool))
+        self.moved = True
         self.here = self._problem(self.sample, self.phase)
 
     def _limit(self, state: Rows, count: int) -> np.ndarray:
@@ -141,15 +156,16 @@ class _Loop:
 
     def _settle(self, window: int) -> None:
         """Let rows that are done leave and rows that end a phase begin the next."""
-        self.left -= window
-        ended = self.left == 0
+        own = self.state.get("left")
+        self.left = self.left - window if own is None else own.cpu().numpy().copy()
+        ended = self.left <= 0
         if self.attack.stop_when_broken:  # the one synchronisation of a window
             dead = self.state["_broken"].cpu().numpy()
             calm = dead.sum() == self.dead.sum() and self.device.type != "cpu"
-            self.patience = min(2 * self.patience, self.attack.check_every) if calm else 1
+            self.patience = min(2 * self.patience, self.attack.check_every) if calm and own is None else 1
             self.dead = dead
         else:
-            self.patience = max(self.left.max(), 1)
+            self.patience = max(self.left.max(), 1) if own is None else 1
         if not (ended.any() or self.dead.any()):
             return
         np.minimum.at(self.won, self.sample[self.dead], self.phase[self.dead])
@@ -171,6 +187,7 @@ class _Loop:
             self._leave(done & ~again)
 
     def _next_phase(self, again: np.ndarray) -> None:
+        self.moved = True
         apart = self.attack.parallel_phases
         self.phase[again] = self.opened[self.sample[again]] if apart else self.phase[again] + 1
         self.opened[self.sample[again]] = self.phase[again] + 1
@@ -208,6 +225,7 @@ class _Loop:
         self.origin[sample] = torch.where(better, phase, origin)
 
     def _leave(self, done: np.ndarray) -> None:
+        self.moved = True
         stay = np.flatnonzero(~done)
         rows = self._tensor(stay)
         self.state = {k: v[rows] for k, v in self.state.items()} if len(stay) else {}
@@ -219,6 +237,7 @@ class _Loop:
 
 
 _RECORD = ("_broken", "_point", "_margin")
+_PLENTY = 128  # rows from which on the cost of a pass on a CPU is in proportion to them
 _NONE = 1 << 40  # later than every phase
 
 

@@ -12,19 +12,21 @@ from torch import Tensor
 from robust_core.attacks.engine import Problem, Rows
 from robust_core.losses.margin import misclassified
 
-__all__ = ["begin_record", "finish_record", "record"]
+__all__ = ["begin_record", "finish_record", "fresh_record", "record"]
 
 _HALVINGS = 10
 
 
 def begin_record(problem: Problem) -> Rows:
     """Return the record of fresh rows: clean logits, nearest broken point and its distance (inf: none yet)."""
-    n, known = len(problem.x), problem.context.get("clean_logits")
-    return {
-        "clean": problem.logits(problem.x) if known is None else known,
-        "nearest": problem.x.clone(),
-        "length": torch.full((n,), torch.inf, dtype=torch.float64, device=problem.x.device),
-    }
+    known = problem.context.get("clean_logits")
+    return {"clean": problem.logits(problem.x) if known is None else known, **fresh_record(problem)}
+
+
+def fresh_record(problem: Problem) -> Rows:
+    """Return the record of rows whose clean logits are known."""
+    length = torch.full((len(problem.x),), torch.inf, dtype=torch.float64, device=problem.x.device)
+    return {"nearest": problem.x, "length": length}
 
 
 def record(

@@ -6,6 +6,9 @@ gradients it cannot be fooled by masked ones: where it beats a gradient attack, 
 Source: Andriushchenko et al. 2020 (arXiv 1912.00049), algorithms 1 to 3; the L1 form from Croce and Hein 2021
 (arXiv 2103.01208). Defaults (``p_init = 0.8``, 5000 queries, schedule not rescaled) are those of AutoAttack.
 
+A kept window is rare: the queries after the next are mostly known before its outcome is. A few rows therefore make
+several queries in one pass, with the outcome of one after the other.
+
 Every sample has its own positions and colours, so results do not depend on its batch, and windows reach the last row
 and column. Images are (B, C, H, W), not necessarily square: a window keeps its area where it would leave the image.
 Flat inputs (B, d) are taken as one row of d pixels with a sign of their own each; (B, C, L) as C channels of one row.
@@ -23,10 +26,12 @@ from torch import Tensor
 
 from robust_core.attacks.engine import IterativeAttack, Problem, Rows
 from robust_core.checks import check_count, check_number
+from robust_core.models import ROW_MINIMUM
 from robust_core.threats import L1, Linf, Threat
 
 __all__ = ["Square"]
 
+_ROWS_AHEAD = 64
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of p, in queries out of 10,000
 
 
@@ -64,7 +69,8 @@ class Square(IterativeAttack):
         """Return the state of fresh rows: the first pattern, not evaluated yet."""
         n, device = len(problem.x), problem.x.device
         state = {
-            "time": torch.zeros(n, dtype=torch.int64, device=device),
+            "left": torch.full((n,), self.n_iter, device=device),
+            "calm": torch.zeros(n, dtype=torch.int64, device=device),
             "height": torch.full((n,), -torch.inf, device=device),
         }
         if isinstance(problem.threat, Linf):
@@ -73,24 +79,49 @@ class Square(IterativeAttack):
         return {**state, "best": _tiles(problem)}
 
     def step(self, problem: Problem, state: Rows) -> tuple[Rows, Tensor, Tensor]:
-        """Try one window."""
-        grid, draw = self._grid(problem.x), _draw(problem, state["time"])
-        if isinstance(problem.threat, Linf):
-            candidate = _repaint(problem.x, state, grid, draw)
-        else:
-            candidate = _move_mass(problem, state, grid, draw)
-        logits = problem.logits(candidate)
-        reached, height = self.judge(problem, logits)
+        """Try one window, or several in a row in one pass: all of a row as if none was kept, up to the first that is.
+
+        What is tried, kept and returned is the same whatever the number.
+        """
+        n, ahead = len(problem.x), self._ahead(state)
+        left = state["left"][:, None] - torch.arange(ahead, device=problem.x.device)
+        here, now = problem, state
+        if ahead > 1:
+            rows = torch.arange(n, device=problem.x.device).repeat_interleave(ahead)
+            here, now = problem.rows(rows), {name: value[rows] for name, value in state.items()}
+        time = (self.n_iter - left.flatten()).clamp(max=self.n_iter - 1)
+        grid, draw = self._grid(problem.x), _draw(here, time)
+        propose = _repaint if isinstance(problem.threat, Linf) else _move_mass
+        candidate = propose(here, now, grid.sizes[time], grid, draw)
+        logits = here.logits(candidate)
+        reached, height = self.judge(here, logits)
         height = height.float()
-        better = (height > state["height"]) | reached
+        better = (height > now["height"]) | reached
+        made = torch.ones_like(problem.y)
+        if ahead > 1:
+            kept = better.reshape(n, ahead) & (left > 0)
+            made = torch.where(kept.any(1), kept.int().argmax(1) + 1, state["left"].clamp(max=ahead))
+            last = torch.arange(0, n * ahead, ahead, device=problem.x.device) + made - 1
+            candidate, logits, height, better = candidate[last], logits[last], height[last], better[last]
         wide = better.reshape(-1, *[1] * (candidate.ndim - 1))
         state = {
             **state,
-            "time": state["time"] + 1,
+            "left": state["left"] - made,
+            "calm": (state["calm"] + made).masked_fill(better, 0),
             "height": torch.where(better, height, state["height"]),
             "best": torch.where(wide, candidate, state["best"]),
         }
         return state, candidate, logits
+
+    def _ahead(self, state: Rows) -> int:
+        """Return how many queries of each row to make in one pass.
+
+        As many as fit into the padding of a small batch; into a batch of up to 64 rows once windows are seldom kept,
+        so that few queries are made in vain.
+        """
+        n = len(state["left"])
+        least, most = max(ROW_MINIMUM // n, 1), max(_ROWS_AHEAD // n, 1)
+        return least if least == most else min(max(int(state["calm"].double().mean()) // 8, least), most)
 
 
 class _Grid(NamedTuple):
@@ -198,12 +229,11 @@ def _stripes(problem: Problem, low: Tensor, high: Tensor) -> Tensor:
     return torch.where(up, _images(high), _images(low)).reshape(problem.x.shape)
 
 
-def _repaint(x: Tensor, state: Rows, grid: _Grid, draw: _Draw) -> Tensor:
+def _repaint(problem: Problem, state: Rows, size: Tensor, grid: _Grid, draw: _Draw) -> Tensor:
     """Return the Linf proposals: one window of each channel at one edge of the ball (algorithm 2)."""
-    size = grid.sizes[state["time"].clamp(max=len(grid.sizes) - 1)]
     *_, mask = _place(grid, size, draw.first)
     paint = torch.where(draw.up, _images(state["high"]), _images(state["low"]))
-    return torch.where(mask, paint, _images(state["best"])).reshape(x.shape)
+    return torch.where(mask, paint, _images(state["best"])).reshape(problem.x.shape)
 
 
 def _tiles(problem: Problem) -> Tensor:
@@ -222,12 +252,11 @@ def _tiles(problem: Problem) -> Tensor:
     return problem.threat.rescale(problem.x, delta.reshape(problem.x.shape), fill=True)
 
 
-def _move_mass(problem: Problem, state: Rows, grid: _Grid, draw: _Draw) -> Tensor:
+def _move_mass(problem: Problem, state: Rows, size: Tensor, grid: _Grid, draw: _Draw) -> Tensor:
     """Return the L2 and L1 proposals: the mass of one window moves into a bump in another (algorithm 3)."""
     p = 1 if isinstance(problem.threat, L1) else 2
     work = torch.promote_types(problem.x.dtype, torch.float32)
     delta = _images(state["best"].to(work) - problem.x.to(work))
-    size = grid.sizes[state["time"].clamp(max=len(grid.sizes) - 1)]
     rows, columns, target = _place(grid, size, draw.first)
     *_, source = _place(grid, size, draw.second)
     pattern = grid.patterns[
