@@ -120,6 +120,9 @@ def test_a_users_factory_on_an_npz_is_evaluated_end_to_end(project: Path) -> Non
     page = (project / "report" / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert str(project) not in page
+    beside = robust("vision", "compare", "report", "report", "--json", cwd=project)
+    assert [row["clean/accuracy"]["value"] for row in json.loads(beside.stdout)["rows"]] == [1.0, 1.0]
+    assert robust("vision", "compare", "report", cwd=project).returncode == 2
 
 
 def test_certify_bounds_what_attack_finds(project: Path) -> None:

@@ -252,3 +252,27 @@ def harden(
     else:
         console.figures_table(result["figures"], title=f"{method}: {out}")
         console.info(f"use it: robust vision evaluate --model {result['model']}")
+
+
+@app.command()
+def compare(
+    reports: Annotated[list[Path], typer.Argument(help="Folders that attack, certify or evaluate wrote with --out.")],
+    json: Json = False,
+) -> None:
+    """Put reports of several models side by side, with paired tests; what cannot be compared is refused."""
+    if len(reports) < 2:
+        raise ValueError(f"{len(reports)} report: give at least two folders")
+    from robust_core.evaluation import Report
+    from robust_core.evaluation.compare import compare as put_beside
+
+    found = put_beside([Report.load(folder) for folder in reports])
+    if not json:
+        sys.stdout.write(found.markdown())
+        return
+    rows = [
+        {"model": row.model, "pareto": row.pareto, "flags": list(row.flags)}
+        | {name: None if e is None else {"value": e.value, "interval": e.interval} for name, e in row.figures.items()}
+        for row in found.rows
+    ]
+    paired = [{"pair": [a, b], "part": part, **vars(test)} for (a, b, part), test in found.paired.items()]
+    console.emit_json({"schema": "robust.comparison/1", "columns": list(found.columns), "rows": rows, "paired": paired})
