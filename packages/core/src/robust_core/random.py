@@ -1,10 +1,12 @@
-"""The only place that makes random streams.
+"""The only place that makes random streams, and that handles the global generators.
 
 A stream belongs to a *sample*, not to a batch: it is a pure function of ``(seed, sample index, purpose,
-chunk)``. Results therefore do not depend on batch size, order, resume point or number of workers, and the
-global generators of torch and numpy are never touched.
+chunk)``. Results therefore do not depend on batch size, order, resume point or number of workers.
 
-Two forms: :func:`stream` is a native ``torch.Generator``, fast for much noise of one sample;
+Other people's code (dropout, initialisers, augmentations) draws from the global generators of torch, numpy and Python.
+:func:`reseeded` lends it streams that are a function of a seed, and puts the old states back.
+
+Two forms of streams: :func:`stream` is a native ``torch.Generator``, fast for much noise of one sample;
 :class:`SampleStreams` draws a few numbers for each of many samples at once, by a counter-based hash
 (SplitMix64 finalisers, Steele, Lea and Flood 2014) evaluated in tensors on the samples' own device.
 """
@@ -13,13 +15,24 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["SampleStreams", "Seed", "derive", "reseeded", "resolve_seed", "stream"]
+__all__ = [
+    "SampleStreams",
+    "Seed",
+    "borrowed_generators",
+    "derive",
+    "reseeded",
+    "resolve_seed",
+    "seed_generators",
+    "stream",
+]
 
 Seed = torch.Generator | int | None
 _MASK63 = (1 << 63) - 1
@@ -65,23 +78,37 @@ def stream(
 
 
 @contextmanager
-def reseeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed torch's global generators (CPU, and ``device``) for a block, and put them back as they were.
+def borrowed_generators(device: torch.device | None = None) -> Iterator[None]:
+    """Put the states of the global generators (torch on CPU and ``device``, numpy, Python) back on exit."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - other people's code draws from it
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
 
-    For code of others that draws from them: a model with random layers repeats itself within the block.
-    """
-    generators = [torch.default_generator]
+
+def seed_generators(seed: int, device: torch.device | None = None) -> None:
+    """Seed the global generators; only inside :func:`borrowed_generators`."""
+    torch.default_generator.manual_seed(seed)
     if device is not None and device.type == "cuda":
-        torch.cuda.init()
-        generators.append(torch.cuda.default_generators[device.index or 0])
-    states = [generator.get_state() for generator in generators]
-    try:
-        for generator in generators:
-            generator.manual_seed(seed)
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002, TID251
+
+
+@contextmanager
+def reseeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed the global generators for a block, and put them back as they were.
+
+    A model with random layers repeats itself within the block.
+    """
+    with borrowed_generators(device):
+        seed_generators(seed, device)
         yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
 
 
 def _signed(value: int) -> int:

@@ -59,10 +59,9 @@ from robust_core.losses import (
     smooth_adversarial_comp_sum,
 )
 from robust_core.models import predict_logits
-from robust_core.random import derive
+from robust_core.random import derive, reseeded
 from robust_core.threats import Linf
 from robust_core.training import Adversarial, FastPGD, Objective, Standard, Trades, cosine, fit, scheduled
-from robust_core.training.isolation import borrowed_generators, seed_generators
 
 __all__ = ["STATEMENTS", "run"]
 
@@ -226,8 +225,7 @@ def run(seed: int, scale: Scale) -> Figures:
 
 def _trained(setup: Setup, data: Dataset, objective: Objective, epochs: int, seed: int) -> nn.Module:
     """Return a network trained from the seed's own start: the same for every objective compared."""
-    with borrowed_generators():
-        seed_generators(derive(seed, "initial weights"))
+    with reseeded(derive(seed, "initial weights")):
         model = setup.network()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     fit(

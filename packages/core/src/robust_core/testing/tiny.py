@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from robust_core.attacks.pgd import PGD
 from robust_core.data import load
-from robust_core.random import derive
+from robust_core.random import derive, reseeded
 from robust_core.threats import Linf
-from robust_core.training.isolation import borrowed_generators, seed_generators
 
 __all__ = ["digits", "digits_cnn", "linear_binary"]
 
@@ -38,8 +37,7 @@ def digits_cnn(kind: Literal["plain", "adversarial"] = "plain", *, seed: int = 0
 
 @cache
 def _trained(kind: str, seed: int) -> nn.Sequential:
-    with borrowed_generators():
-        seed_generators(seed)
+    with reseeded(seed):
         layers = (nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU())
         net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10))
     data = load("digits", split="train")

@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader, default_collate
 from robust_core.checks import check_count, check_same_length
 from robust_core.data.dataset import Dataset, _column, _unwrap, to_unit_tensor
 from robust_core.data.views import Views
-from robust_core.random import derive
+from robust_core.random import borrowed_generators, derive, seed_generators
 from robust_core.training.distributed import share_rows, world
-from robust_core.training.isolation import borrowed_generators, seed_generators
 
 __all__ = ["Order", "Source", "Transform", "epoch_order", "micro_batches", "n_batches", "source_of", "stream_batches"]
 

@@ -29,7 +29,7 @@ from robust_core.checks import check_count
 from robust_core.data.views import Views
 from robust_core.errors import CheckpointError, TrainingError
 from robust_core.models import model_device, predict_logits
-from robust_core.random import Seed, derive, resolve_seed
+from robust_core.random import Seed, borrowed_generators, derive, resolve_seed, seed_generators
 from robust_core.training.batches import (
     Order,
     Source,
@@ -43,7 +43,6 @@ from robust_core.training.batches import (
 from robust_core.training.checkpoint import Checkpoints
 from robust_core.training.distributed import average_buffers, barrier, joined, rank, sum_gradients, world
 from robust_core.training.ema import EMA
-from robust_core.training.isolation import borrowed_generators, seed_generators
 from robust_core.training.log import Sink, sink_of
 from robust_core.training.objective import Loss, Objective, Stage
 from robust_core.training.plan import PRECISIONS, Settings, stages_of

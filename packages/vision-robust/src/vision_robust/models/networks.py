@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
-from robust_core.random import Seed, resolve_seed
-from robust_core.training.isolation import borrowed_generators, seed_generators
+from robust_core.random import Seed, reseeded, resolve_seed
 
 __all__ = ["SmallCNN", "resnet18_32"]
 
@@ -30,7 +26,7 @@ class SmallCNN(nn.Module):
         if min(shape[1:]) < 4 or n_classes < 2:
             raise ValueError(f"shape={shape}, n_classes={n_classes}: sides of at least 4 and two classes are needed")
         stride = 1 if height < 16 else 2
-        with _seeded(generator):
+        with reseeded(resolve_seed(generator)):  # torch's initialisers know only the global stream
             self.features = nn.Sequential(
                 nn.Conv2d(channels, width, 3, stride=stride, padding=1),
                 nn.ReLU(),
@@ -54,17 +50,9 @@ def resnet18_32(n_classes: int = 10, *, channels: int = 3, generator: Seed = Non
     """Return torchvision's ResNet-18 with the stem that images of about 32 x 32 pixels want: 3x3, no pooling."""
     import torchvision  # only here: importing it takes seconds
 
-    with _seeded(generator):
+    with reseeded(resolve_seed(generator)):  # torch's initialisers know only the global stream
         network = torchvision.models.resnet18(num_classes=n_classes)
         network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
     network.add_module("maxpool", nn.Identity())
     return network
-
-
-@contextmanager
-def _seeded(generator: Seed) -> Iterator[None]:
-    """Let torch's initialisers, which know only the global stream, draw from a stream of their own."""
-    with borrowed_generators():
-        seed_generators(resolve_seed(generator))
-        yield
