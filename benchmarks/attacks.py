@@ -35,6 +35,7 @@ from robust_core.data import load
 from robust_core.losses.margin import misclassified
 from robust_core.models import frozen, predict_logits
 from robust_core.threats import L1, L2, Linf, Threat
+from robust_core.training import FastPGD
 
 THREATS: dict[str, Threat] = {"Linf": Linf(0.15), "L2": L2(2.0), "L1": L1(20.0)}
 
@@ -92,7 +93,7 @@ def trained(kind: str, x: Tensor, y: Tensor) -> nn.Module:
         nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten(),
         nn.Linear(32 * 49, 64), nn.ReLU(), nn.Linear(64, 10),
     ).to(x.device)  # fmt: skip
-    attack = PGD(Linf(0.2), n_iter=5, keep="last")
+    attack = FastPGD(Linf(0.2), n_iter=5, step_size=0.1)
     optimiser = torch.optim.Adam(net.parameters(), 2e-3)
     for _ in range(4 if kind == "plain" else 12):
         for rows in torch.randperm(len(x), device=x.device).split(64):
@@ -189,7 +190,7 @@ def compare_pgd(net: nn.Module, threat: Threat, x: Tensor, y: Tensor, *, peers: 
     steps = 40
     runs: dict[str, Callable[[], object]] = {
         "bare": lambda: frozen_bare(net, x, steps),
-        "last iterate": lambda: PGD(threat, n_iter=steps, keep="last")(net, x, y),
+        "last iterate": lambda: FastPGD(threat, n_iter=steps, step_size=2.5 * threat.eps / steps)(net, x, y),
         "best point": lambda: PGD(threat, n_iter=steps)(net, x, y),
     }
     if peers:

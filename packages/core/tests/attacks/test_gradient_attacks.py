@@ -14,6 +14,7 @@ from robust_core.losses.margin import misclassified
 from robust_core.models import predict_logits
 from robust_core.testing.tiny import digits, digits_cnn
 from robust_core.threats import L1, L2, Linf
+from robust_core.training import FastPGD
 
 THREATS = [Linf(0.1), L2(0.8), L1(3.0)]
 
@@ -21,7 +22,7 @@ THREATS = [Linf(0.1), L2(0.8), L1(3.0)]
 def attacks(threat, n_iter=12):
     yield FGSM(threat)
     yield PGD(threat, n_iter=n_iter, n_restarts=2)
-    yield PGD(threat, n_iter=n_iter, momentum=0.9, loss="dlr", keep="last")
+    yield PGD(threat, n_iter=n_iter, momentum=0.9, loss="dlr")
     yield APGD(threat, n_iter=n_iter)
     yield APGD(threat, n_iter=n_iter, loss="margin", n_restarts=2)
     yield TargetedAPGD(threat, n_iter=n_iter, n_targets=3)
@@ -204,7 +205,7 @@ def test_last_iterate_costs_exactly_its_steps(net, data):
     x, y = data
     passes = []
     count = net.register_forward_pre_hook(lambda _module, _args: passes.append(1))
-    PGD(Linf(0.1), n_iter=7, keep="last")(net, x, y)
+    FastPGD(Linf(0.1), n_iter=7)(net, x, y)
     count.remove()
     assert len(passes) == 7
 
@@ -239,8 +240,6 @@ def test_bad_models_and_settings_are_named(net, data):
         PGD(Linf(0.1))(lambda image: net(image).detach(), x, y)
     with pytest.raises(ValueError, match="classifier maps"):
         PGD(Linf(0.1))(lambda image: net(image)[:, :3], x, y)
-    with pytest.raises(ValueError, match="keep='best'"):
-        PGD(Linf(0.1), n_restarts=2, keep="last")
     with pytest.raises(ValueError, match="large_eps"):
         APGD(L2(0.1), large_eps=True)
     with pytest.raises(ValueError, match="loss='dlx'"):

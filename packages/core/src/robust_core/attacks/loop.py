@@ -28,6 +28,8 @@ __all__ = ["drive"]
 def drive(attack: IterativeAttack, problem: Problem, *, on_step: Callable[[int, int], None] | None = None) -> Tensor:
     """Run ``attack`` on all rows of ``problem`` and return (B, ...) the points found."""
     check_count("batch_size", attack.batch_size)
+    if not problem.threat.eps:
+        return problem.x.clone()  # the only point inside
     return _Loop(attack, problem, on_step).run()
 
 

@@ -1,9 +1,9 @@
 """One-step and projected gradient attacks.
 
 Sources: FGSM, Goodfellow et al. 2015 (arXiv 1412.6572); PGD, Madry et al. 2018 (arXiv 1706.06083); momentum, Dong
-et al. 2018 (arXiv 1710.06081). For training, ``keep="last"`` does exactly ``n_iter`` passes, and returns the last
-iterate; for evaluation, ``keep="best"`` stops at a sample's first broken point and else returns the point of
-highest margin that it met.
+et al. 2018 (arXiv 1710.06081). Made for evaluation: it stops at a sample's first broken point and else returns the
+point of highest margin that it met. Training wants the last of a fixed number of steps:
+:class:`~robust_core.training.FastPGD`.
 
 Defaults: ``step_size`` is ``2.5 * eps / n_iter``, which reaches every point of the ball from any start. The loss
 is :func:`~robust_core.losses.margin.log_odds`, whose steps are those of the cross-entropy where that has not
@@ -23,7 +23,7 @@ from torch import Tensor
 from robust_core.attacks.engine import IterativeAttack, Problem, Rows
 from robust_core.checks import check_choice, check_count, check_number
 from robust_core.losses.margin import dlr, log_odds, margin, misclassified
-from robust_core.threats import L1, Threat
+from robust_core.threats import L1, Threat, row_sums
 
 __all__ = ["FGSM", "LOSSES", "PGD"]
 
@@ -44,9 +44,8 @@ class PGD(IterativeAttack):
         loss: ``"ce"``, ``"margin"`` or ``"dlr"``.
         random_start: start at a random point of the ball instead of the original.
         momentum: decay of the accumulated gradient, 0 for none.
-        n_restarts: independent starts, tried in turn on the samples still unbroken (``keep="best"``).
+        n_restarts: independent starts, tried in turn on the samples still unbroken.
         targeted: ``y`` names the classes wanted, not the true ones.
-        keep: ``"best"`` or ``"last"``, see above.
         batch_size: rows in flight.
     """
 
@@ -58,7 +57,6 @@ class PGD(IterativeAttack):
     momentum: float = 0.0
     n_restarts: int = 1
     targeted: bool = False
-    keep: Literal["best", "last"] = "best"
     batch_size: int = 256
     name: ClassVar[str] = "pgd"
     parallel_phases: ClassVar[bool] = True
@@ -69,11 +67,8 @@ class PGD(IterativeAttack):
         check_count("batch_size", self.batch_size)
         check_number("momentum", self.momentum, low=0)
         check_choice("loss", self.loss, tuple(LOSSES))
-        check_choice("keep", self.keep, ("best", "last"))
         if self.step_size is not None:
             check_number("step_size", self.step_size, low=0)
-        if self.keep == "last" and self.n_restarts > 1:
-            raise ValueError(f"n_restarts={self.n_restarts} needs keep='best': the last iterate is one restart's")
 
     @property
     def length(self) -> float:
@@ -111,22 +106,6 @@ class PGD(IterativeAttack):
         logits, _, gradient = problem.gradient(point, self._climb(problem))
         return self._move(problem, state, gradient), point, logits
 
-    def search(self, problem: Problem, *, on_step: Callable[[int, int], None] | None = None) -> Tensor:
-        """Return (B, ...) the points found."""
-        if self.keep == "best":
-            return super().search(problem, on_step=on_step)
-        parts = []
-        for rows in torch.arange(len(problem.x), device=problem.x.device).split(self.batch_size):
-            here = problem.rows(rows)
-            state = self.begin(here)
-            for _ in range(self.n_iter):
-                _, _, gradient = here.gradient(state["next"], self._climb(here))
-                state = self._move(here, state, gradient)
-            parts.append(state["next"])
-            if on_step is not None:
-                on_step(sum(map(len, parts)), len(problem.x))
-        return torch.cat(parts)
-
     def _climb(self, problem: Problem) -> Callable[[Tensor], Tensor]:
         sign = -1 if self.targeted else 1
         return lambda logits: sign * LOSSES[self.loss](logits, problem.y)
@@ -134,7 +113,7 @@ class PGD(IterativeAttack):
     def _move(self, problem: Problem, state: Rows, gradient: Tensor) -> Rows:
         state = dict(state)
         if self.momentum:
-            size = gradient.flatten(1).abs().sum(1).clamp(min=torch.finfo(gradient.dtype).tiny)
+            size = row_sums(gradient.flatten(1).abs()).clamp(min=torch.finfo(gradient.dtype).tiny)
             velocity = self.momentum * state["velocity"]
             velocity += gradient / size.reshape(-1, *[1] * (gradient.ndim - 1))
             state["velocity"] = gradient = velocity
@@ -150,11 +129,7 @@ class PGD(IterativeAttack):
 
 @dataclass(frozen=True)
 class FGSM(PGD):
-    """One step of length ``eps`` along the gradient, from the original image (or a random point of the ball).
-
-    With ``random_start=True, step_size=1.25 * eps, keep="last"`` it is the attack of fast adversarial training
-    (Wong et al. 2020, arXiv 2001.03994).
-    """
+    """One step of length ``eps`` along the gradient, from the original image (or a random point of the ball)."""
 
     n_iter: int = 1
     random_start: bool = False

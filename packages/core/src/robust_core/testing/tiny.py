@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_core.attacks.pgd import PGD
 from robust_core.data import load
 from robust_core.random import derive, reseeded
 from robust_core.threats import Linf
+from robust_core.training.inner import FastPGD
 
 __all__ = ["digits", "digits_cnn", "linear_binary"]
 
@@ -41,7 +41,7 @@ def _trained(kind: str, seed: int) -> nn.Sequential:
         layers = (nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU())
         net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 10))
     data = load("digits", split="train")
-    attack = PGD(Linf(0.15), n_iter=3, keep="last")
+    attack = FastPGD(Linf(0.15), n_iter=3, step_size=0.125)
     optimiser = torch.optim.Adam(net.parameters(), lr=5e-3)
     for epoch in range(12):
         order = torch.randperm(len(data.x), generator=torch.Generator().manual_seed(derive(seed, "order", epoch)))

@@ -48,6 +48,8 @@ def ascend(
 
     The model is held in eval mode with frozen parameters, and given back as found.
     """
+    if not threat.eps:
+        return x
     box = threat.box(x) if isinstance(threat, Linf) else None  # computed once: projecting is then two comparisons
     point = start.detach()
     with frozen(model), torch.enable_grad():

@@ -125,8 +125,8 @@ class Adversarial(RandomObjective):
     """Minimise the mean of ``loss`` on inputs that an attacker has moved.
 
     Args:
-        attack: any attack; :class:`~robust_core.training.FastPGD` is the quick one. Of an attack that stops at the
-            first broken point of a sample, which is weaker as a teacher, ask for the last one: ``PGD(keep="last")``.
+        attack: any attack; :class:`~robust_core.training.FastPGD` is the quick one. One that stops at the
+            first broken point of a sample is a weaker teacher.
         loss: (logits, y) -> scalar.
         generator: seed.
     """
