@@ -86,16 +86,18 @@ def progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]
 
 
 def _plain(console: Console) -> Callable[[str, int, int], None]:
-    started: set[str] = set()
-    ended: set[str] = set()
+    """Lines instead of bars: when a task starts, at each of its few steps (or each tenth), and when it ends."""
+    shown: dict[str, int] = {}
 
     def report(task: str, done: int, total: int) -> None:
-        if task not in started:
-            started.add(task)
+        tenth = done if total <= 20 else 10 * done // max(total, 1)
+        if task not in shown:
             console.print(f"{_escape(task)} …")
-        if done >= total and task not in ended:
-            ended.add(task)
+        elif done < total and tenth > shown[task]:
+            console.print(f"{_escape(task)}: {done} of {total}")
+        elif done >= total and shown[task] >= 0:
             console.print(f"{_escape(task)}: done")
+        shown[task] = -1 if done >= total else tenth
 
     return report
 
