@@ -91,12 +91,13 @@ def _plain(console: Console) -> Callable[[str, int, int], None]:
 
     def report(task: str, done: int, total: int) -> None:
         tenth = done if total <= 20 else 10 * done // max(total, 1)
-        if task not in shown:
+        before = shown.get(task)
+        if before is None:
             console.print(f"{_escape(task)} …")
-        elif done < total and tenth > shown[task]:
-            console.print(f"{_escape(task)}: {done} of {total}")
-        elif done >= total and shown[task] >= 0:
+        if done >= total and before != -1:
             console.print(f"{_escape(task)}: done")
+        elif before is not None and done < total and tenth > before:
+            console.print(f"{_escape(task)}: {done} of {total}")
         shown[task] = -1 if done >= total else tenth
 
     return report
