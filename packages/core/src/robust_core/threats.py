@@ -120,7 +120,7 @@ class Threat(ABC):
             fill: lengthen shorter changes to ``eps`` as well (then cut at the domain).
         """
         if fill and x.dtype == torch.float32:
-            return self._filled(x, delta.float())
+            return self._pulled(x, delta.float(), fill=True)
         return self._rescale(x, delta, self.eps, fill=fill)
 
     def _rescale(self, x: Tensor, delta: Tensor, eps: Tensor | float, *, fill: bool = False) -> Tensor:
@@ -132,8 +132,8 @@ class Threat(ABC):
         # Clamping moves every element towards x, so the norm cannot grow.
         return self.clamp(_round_towards(x, wide * _column(factor, wide)))
 
-    def _filled(self, x: Tensor, delta: Tensor) -> Tensor:
-        """Rescale to length ``eps`` without a float64 copy, for random searches that do little else.
+    def _pulled(self, x: Tensor, delta: Tensor, *, fill: bool) -> Tensor:
+        """Rescale as :meth:`rescale` does, without a float64 copy: for float32, where attacks do little else.
 
         The neighbour of ``x + step`` on the side of ``x`` is never farther than ``step``, however the sum rounds; the
         factor outweighs the rounding of ``step`` itself.
@@ -141,7 +141,7 @@ class Threat(ABC):
         flat = _flat(delta)
         company = flat.expand(2, -1) if len(flat) == 1 else flat  # see row_sums
         length = torch.linalg.vector_norm(company, self.p, dim=1, dtype=torch.float64)[: len(flat)]
-        factor = (self.eps * (1 - 2.0**-21) / length.clamp(min=1e-300)).clamp(max=1e30).float()
+        factor = (self.eps * (1 - 2.0**-21) / length.clamp(min=1e-300)).clamp(max=1e30 if fill else 1.0).float()
         near = torch.addcmul(x, delta, _column(factor, delta))
         return self.clamp(torch.nextafter(near, x))
 
@@ -244,6 +244,8 @@ class L2(Threat):
         return cls.norm(gradient)
 
     def project(self, x_adv: Tensor, x: Tensor, *, frame: Mapping[str, Tensor] | None = None) -> Tensor:  # noqa: D102
+        if x.dtype == torch.float32 and self.eps > _SUBNORMAL:
+            return self._pulled(x, x_adv.float() - x, fill=False)
         work = _work(x.dtype)
         step = x_adv.to(work) - x.to(work)
         shrink = (self.eps * (1 - _SLACK[work]) / self.norm(step).clamp(min=1e-30)).clamp(max=1.0)
@@ -338,6 +340,7 @@ class L1(Threat):
 
 
 _HALVINGS = 20
+_SUBNORMAL = 1e-30  # steps that add up to less may round by more than the slack left to them
 _SLACK = {torch.float32: 1e-6, torch.float64: 1e-12}  # of the radius, left to the rounding of norms
 
 
