@@ -83,8 +83,10 @@ def model_device(model: Classifier) -> torch.device | None:
 
 
 def fingerprint(model: Classifier) -> str:
-    """Return a SHA-256 over names, shapes, dtypes and bytes of all parameters and buffers, and the structure.
+    """Return a SHA-256 over the structure, all parameters and buffers, and the plain attributes of every module.
 
+    Plain attributes are numbers, strings, tensors and sequences of them: a temperature that is no parameter changes
+    the function as much as a weight does. Buffers count whether they are saved or not; modes and hooks do not count.
     A callable without state is known by its qualified name only.
     """
     digest = hashlib.sha256()
@@ -92,11 +94,45 @@ def fingerprint(model: Classifier) -> str:
         digest.update(f"{getattr(model, '__module__', '')}.{getattr(model, '__qualname__', type(model))}".encode())
         return digest.hexdigest()
     digest.update(str(model).encode())
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-            digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, value in sorted(_contents(module).items()):
+            digest.update(f"{path}.{name}:".encode())
+            _add(digest, value)
     return digest.hexdigest()
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size)
+_BOOKKEEPING = frozenset(vars(nn.Module()))
+
+
+def _contents(module: nn.Module) -> dict[str, object]:
+    """Return what a module holds beside other modules: parameters, buffers and plain attributes."""
+    torchs = type(module).__module__.startswith("torch.")
+    own = {
+        name: value
+        for name, value in vars(module).items()
+        if name not in _BOOKKEEPING and not (torchs and name.startswith("_"))
+    }
+    held = {**module._parameters, **module._buffers}
+    return {**{name: value for name, value in own.items() if _is_plain(value)}, **held}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_plain(part) for part in value)
+    return isinstance(value, (Tensor, *_PLAIN))
+
+
+def _add(digest: hashlib._Hash, value: object) -> None:
+    if isinstance(value, tuple | list):
+        digest.update(f"{type(value).__name__}{len(value)}".encode())
+        for part in value:
+            _add(digest, part)
+    elif isinstance(value, Tensor):
+        digest.update(f"{tuple(value.shape)}:{value.dtype}".encode())
+        digest.update(memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    else:
+        digest.update(repr(value).encode())
 
 
 def padded(x: Tensor) -> Tensor:

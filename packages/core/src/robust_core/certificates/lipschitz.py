@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from robust_core.certificates.bounds.backward import Analysis, margin_rows
 from robust_core.certificates.bounds.box import Rounding
-from robust_core.certificates.bounds.graph import Graph, Node, operator_of, trace
+from robust_core.certificates.bounds.graph import Graph, Node, check_twin, operator_of, refuse_hooks, trace
 from robust_core.certificates.bounds.operators import (
     Activation,
     Affine,
@@ -263,10 +263,13 @@ class LipschitzCertifier:
         self._known: tuple[object, Graph, list[float]] | None = None
 
     def _prepare(self, x: Tensor, mark: str) -> tuple[Graph, list[float]]:
-        key = (mark, x.shape[1:], x.device)
+        refuse_hooks(self.model)  # added since the copy was made, they would not be seen
+        key = (mark, x.shape[1:], x.dtype, x.device)
         if self._known is None or self._known[0] != key:
             twin = copy.deepcopy(self.model).double().eval().requires_grad_(False)
             graph = trace(twin, x.double())
+            dtypes = (x.dtype, *(p.dtype for p in self.model.parameters()))
+            check_twin(graph, self.model, x, max((Rounding.of(dtype) for dtype in dtypes), key=lambda r: r.unit))
             self._known = (key, graph, lipschitz_constants(graph, self.norm))
         return self._known[1], self._known[2]
 

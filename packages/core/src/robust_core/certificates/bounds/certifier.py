@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from robust_core.attacks.engine import Attack
 from robust_core.certificates.bounds.backward import Analysis
 from robust_core.certificates.bounds.box import Rounding
-from robust_core.certificates.bounds.graph import Graph, trace
+from robust_core.certificates.bounds.graph import Graph, check_twin, refuse_hooks, trace
 from robust_core.certificates.bounds.region import Region
 from robust_core.certificates.result import About, Certificate, Status
 from robust_core.checks import check_count, check_inputs, check_labels, check_number
@@ -118,10 +118,12 @@ class BoundCertifier(ABC):
 
     def _exact_graph(self, x: Tensor, mark: str) -> Graph:
         """Return the graph of a float64 copy of the model, made anew when the model changes."""
-        key = (mark, x.shape[1:], x.device)
+        refuse_hooks(self.model)  # added since the copy was made, they would not be seen
+        key = (mark, x.shape[1:], x.dtype, x.device)
         if self._exact is None or self._exact[0] != key:
             twin = copy.deepcopy(self.model).double().eval().requires_grad_(False)
             self._exact = (key, trace(twin, x.double(), fixed=True))
+            check_twin(self._exact[1], self.model, x, self._rounding(x))
         return self._exact[1]
 
     def about(self) -> About:

@@ -21,9 +21,9 @@ from robust_core.certificates.bounds.operators import Operator, Shape
 from robust_core.certificates.bounds.site import Const, Ref, Site
 from robust_core.certificates.bounds.translate import function_name, translate_call
 from robust_core.errors import CertificationError, UnsupportedLayerError
-from robust_core.models import Normalize, frozen
+from robust_core.models import Normalize, frozen, padded
 
-__all__ = ["Graph", "Node", "trace"]
+__all__ = ["Graph", "Node", "check_twin", "refuse_hooks", "trace"]
 
 EXAMPLE_BATCH = 3
 
@@ -97,10 +97,30 @@ class _Recorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.values: dict[fx.Node, object] = {}
+        self.versions: dict[fx.Node, int] = {}
+        self.late_reads: list[tuple[fx.Node, fx.Node]] = []
 
     def run_node(self, n: fx.Node) -> object:
+        """Run a step, and note whether it reads what an earlier one overwrote: a graph of values cannot show that."""
+        for source in n.all_input_nodes:
+            if self.versions[source] != _version(self.values[source]):
+                self.late_reads.append((n, source))
         self.values[n] = super().run_node(n)
+        self.versions[n] = _version(self.values[n])
         return self.values[n]
+
+    def refuse_overwriting(self) -> None:
+        """Refuse in-place operations on values that are read again."""
+        for reader, source in self.late_reads:
+            raise UnsupportedLayerError(
+                f"{reader.name!r} reads {source.name!r} after an in-place operation (inplace=True, x += ..., relu_) "
+                "has overwritten it; write that operation out of place"
+            )
+
+
+def _version(value: object) -> int:
+    """Return how often the memory of a tensor, shared with its views, has been written to."""
+    return value._version if isinstance(value, Tensor) else 0
 
 
 def trace(model: nn.Module, x: Tensor, *, fixed: bool = False) -> Graph:
@@ -120,12 +140,20 @@ def trace(model: nn.Module, x: Tensor, *, fixed: bool = False) -> Graph:
         raise TypeError(
             f"model is a {type(model).__name__}; bounds need an nn.Module (other callables: robust_core's Smoothing)"
         )
-    _refuse_hooks(model)
+    refuse_hooks(model)
     example = x[:1].detach().expand(EXAMPLE_BATCH, *x.shape[1:]).clone()
     with frozen(model), torch.no_grad():
+        state = [example, *model.parameters(), *model.buffers()]
+        versions = [_version(value) for value in state]
         traced = _symbolic(model, example)
         recorder = _Recorder(traced)
         output = recorder.run(example)
+        recorder.refuse_overwriting()
+        if versions != [_version(value) for value in state]:
+            raise UnsupportedLayerError(
+                f"{type(model).__name__} overwrites its input, a parameter or a buffer when it is called, so that it "
+                "is not one function; write that operation out of place"
+            )
         if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != EXAMPLE_BATCH:
             found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise CertificationError(f"the model returned {found}; a classifier maps (B, ...) to logits (B, C)")
@@ -136,13 +164,19 @@ def trace(model: nn.Module, x: Tensor, *, fixed: bool = False) -> Graph:
     return graph
 
 
-def _refuse_hooks(model: nn.Module) -> None:
+def refuse_hooks(model: nn.Module) -> None:
+    """Refuse a model whose layers do more than their classes say."""
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise UnsupportedLayerError(
                 f"layer {name or 'model'!r} ({type(module).__name__}) carries forward hooks, which may change what it "
                 "computes unseen; remove them (old-style weight_norm or spectral_norm: use those of "
                 "torch.nn.utils.parametrizations)"
+            )
+        if "forward" in vars(module):
+            raise UnsupportedLayerError(
+                f"layer {name or 'model'!r} ({type(module).__name__}) had its forward replaced on the object; write a "
+                "class of your own, whose forward can be followed"
             )
 
 
@@ -278,6 +312,27 @@ def _attribute(root: nn.Module, path: str) -> Tensor:
     return value
 
 
+def check_twin(graph: Graph, model: nn.Module, x: Tensor, rounding: Rounding) -> None:
+    """Compare the graph of a model's float64 copy with the model itself, in the dtype and at the batch size in use.
+
+    The logits may leave the enclosure of their rounding by a thousandth: kernels that are not covered are not refused.
+
+    Raises:
+        CertificationError: they differ: the model depends on the dtype or on the size of the batch.
+    """
+    rows = padded(x[:16])
+    with frozen(model), torch.no_grad():
+        logits, point = model(rows.clone()).double(), rows.double()
+        box = graph.intervals(Box.ends(point, point, outward=True), rounding)[-1]
+    room = 1e-3 * torch.nan_to_num(logits.abs()).amax(1, keepdim=True) + 1e-30
+    far = torch.isfinite(logits) & ((logits < box.lower - room) | (logits > box.upper + room))
+    if bool(far.any()):
+        raise CertificationError(
+            "the model and its float64 copy differ by more than rounding on the same input: its forward pass looks at "
+            "the dtype or at the size of the batch, and a certificate would speak of another function"
+        )
+
+
 def _check_replay(graph: Graph, model: nn.Module, example: Tensor) -> None:
     """Compare graph and model on the example and on a point between it and its mirror image, at another batch size."""
     moved = example * torch.linspace(0.25, 1.0, example[0].numel(), dtype=example.dtype, device=example.device).reshape(
@@ -285,11 +340,15 @@ def _check_replay(graph: Graph, model: nn.Module, example: Tensor) -> None:
     )
     points = torch.cat([example[:1], moved[:1]])
     expected, found = model(points.clone()), graph.evaluate(points.clone())
-    tolerance = 1e-9 if example.dtype == torch.float64 else 1e-3
+    _compare(found, expected, 1e-9 if example.dtype == torch.float64 else 1e-3)
+
+
+def _compare(found: Tensor, expected: Tensor, tolerance: float) -> None:
     scale = torch.nan_to_num(expected.abs()).max()
     if not torch.allclose(found, expected, rtol=tolerance, atol=float(tolerance * scale) + 1e-30, equal_nan=True):
         gap = float((found - expected).abs().max())
         raise CertificationError(
-            f"the traced graph and the model differ by {gap:g} on the same input. In-place operations on a value that "
-            "is used again, or randomness in eval mode, cause this; write the step out of place"
+            f"the traced graph and the model differ by {gap:g} on the same input. Randomness in eval mode causes this, "
+            "in-place operations on a value that is used again, or a forward pass that looks at the dtype or at the "
+            "size of the batch"
         )

@@ -190,7 +190,7 @@ def _scaled(site: Site, source: Ref, scale: Any, shift: Any) -> Made:
 
 def _read(value: Callable[[], Tensor] | float | None, like: Tensor) -> Tensor | None:
     if value is None or callable(value):
-        return None if value is None else value()
+        return None if value is None else value().to(like.dtype)  # a plain tensor is not moved by model.double()
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
