@@ -73,7 +73,9 @@ def load_into(model: nn.Module, path: str) -> None:
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {error}") from error
+        why = " ".join(str(error).split())
+        why = why if len(why) < 400 else f"{why[:400]} …"
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {why}") from error
 
 
 def load_factory(spec: str, **arguments: Any) -> nn.Module:
@@ -99,7 +101,12 @@ def load_factory(spec: str, **arguments: Any) -> nn.Module:
             if not hasattr(found, part):
                 raise ValueError(f"model {spec!r}: {module_name} has no {name!r}")
             found = getattr(found, part)
-        model = found if isinstance(found, nn.Module) else found(**arguments) if callable(found) else found
+        try:
+            model = found if isinstance(found, nn.Module) else found(**arguments) if callable(found) else found
+        except Exception as error:  # the user's code: anything may be raised
+            raise ValueError(
+                f"model {spec!r} could not be made: {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {spec!r} gave {type(model).__name__}; an nn.Module is needed")
     return model

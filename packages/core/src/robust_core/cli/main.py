@@ -203,13 +203,14 @@ def _explain(error: Exception) -> int:
         traceback.print_exception(error)
     shown = getattr(error, "format_message", None)
     if shown is not None:  # click's own usage errors
-        console.error(shown())
+        if shown():  # empty where the help was asked for by giving no words
+            console.error(shown())
         return USAGE
     if isinstance(error, typer.Abort | KeyboardInterrupt):
         console.error("interrupted")
         return FAILED
     console.error(f"{error}" or type(error).__name__)
-    if isinstance(error, ResourceError | MissingExtraError | FileNotFoundError | PermissionError):
+    if isinstance(error, ResourceError | MissingExtraError | OSError):
         return ENVIRONMENT
     if isinstance(error, ValueError | TypeError | RobustError):
         return USAGE

@@ -64,9 +64,9 @@ def prepare(
     try:
         with torch.no_grad():
             network(probe.expand(16, *probe.shape[1:]))
-    except RuntimeError as error:
-        shape = tuple(probe.shape[1:])
-        raise ValueError(f"model {model!r} does not take inputs of shape {shape} ({data}): {error}") from error
+    except Exception as error:  # the user's code: anything may be raised
+        shape, why = tuple(probe.shape[1:]), " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"model {model!r} does not take inputs of shape {shape} ({data}): {why}") from error
     return Setting(network, dataset, model, seed, where, batch_size)
 
 
