@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,11 +102,12 @@ class Box:
     With ``outward`` each conversion rounds away from the enclosed set; without, it is plain and differentiable.
     """
 
-    __slots__ = ("_centre", "_lower", "_radius", "_upper", "ball", "outward", "spare")
+    __slots__ = ("_centre", "_lower", "_radius", "_upper", "ball", "memo", "outward", "spare")
 
     def __init__(self, *, outward: bool) -> None:
         self.outward = outward
         self.spare = False
+        self.memo: dict[object, Any] = {}
         self._lower: Tensor | None = None
         self._upper: Tensor | None = None
         self._centre: Tensor | None = None

@@ -31,6 +31,13 @@ class Activation(Operator):
     def lines(self, box: Box, rounding: Rounding | None) -> Lines:
         """Return lines that enclose the function between the bounds."""
 
+    def known_lines(self, box: Box, rounding: Rounding | None) -> Lines:
+        """Return :meth:`lines`, worked out once for each box."""
+        key = (self, rounding, torch.is_grad_enabled())
+        if key not in box.memo:
+            box.memo[key] = self.lines(box, rounding)
+        return box.memo[key]
+
     def carry(self, *errors: Tensor) -> Tensor:
         return errors[0]
 
@@ -41,7 +48,7 @@ class Activation(Operator):
     def backward(
         self, rows: Tensor, boxes: Sequence[Box], slopes: Tensor | None, rounding: Rounding | None
     ) -> tuple[list[Tensor], Tensor | None]:
-        low_slope, low_shift, high_slope, high_shift = self.lines(boxes[0], rounding)
+        low_slope, low_shift, high_slope, high_shift = self.known_lines(boxes[0], rounding)
         low = low_slope.unsqueeze(1) if slopes is None else slopes
         falling = rows.clamp(max=0)
         constant = contract(falling, high_shift)

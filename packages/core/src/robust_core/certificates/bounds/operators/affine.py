@@ -171,8 +171,23 @@ class Convolution(_Weighted):
             return pulled
         return adjoint(self._pad, self.in_shapes[0], pulled)
 
+    def interleaves(self, dtype: torch.dtype) -> bool:
+        """Whether an ordinary convolution gives the transposed one faster: few channels to go to, in float32."""
+        plain = self.dims == 2 and self.groups == 1 and self.dilation == (1, 1)
+        return plain and dtype == torch.float32 and self.in_shapes[0][0] <= 4
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Return the transpose on rows (N, out, h, w) of any height and width, without taking padding off."""
+        weight = self.weight()
+        if self.interleaves(rows.dtype):
+            full = tuple((rows.shape[2 + i] - 1) * self.stride[i] + weight.shape[2 + i] for i in range(2))
+            return _interleaved(rows, weight, self.stride, (0, 0), (self.in_shapes[0][0], *full))
+        return F.conv_transpose2d(rows, weight, None, self.stride, 0, 0, self.groups, self.dilation)
+
     def _pull(self, rows: Tensor, weight: Tensor, target: Shape, extra: Shape) -> Tensor:
         """Return the transposed convolution by whichever kernel is fastest on CPUs for this shape."""
+        if self.interleaves(rows.dtype):
+            return _interleaved(rows, weight, self.stride, self.inner_padding, target)
         if self.dims == 2 and self.groups == 1 and target[0] == 1:  # one channel: one product, then overlap-add
             columns = torch.matmul(weight.flatten(1).t(), rows.flatten(2))
             return F.fold(columns, target[1:], weight.shape[2:], self.dilation, self.inner_padding, self.stride)
@@ -184,6 +199,25 @@ class Convolution(_Weighted):
 
     def largest_row(self) -> float:
         return float(self.absolute_weight().flatten(1).sum(1).max())
+
+
+def _interleaved(rows: Tensor, weight: Tensor, stride: Shape, padding: Shape, target: Shape) -> Tensor:
+    """Return a transposed convolution (N, *target) of rows (N, out, h, w) by an ordinary one.
+
+    Output ``s g + p`` of stride ``s`` is the sum over taps ``m`` of ``rows[g - m] weight[s m + p]``: each of the
+    phases ``p`` is a convolution of its own, and all of them together one with ``s * s`` times the channels.
+    """
+    out, channels, *kernel = weight.shape
+    taps = [-(-size // step) for size, step in zip(kernel, stride, strict=True)]
+    room = (0, taps[1] * stride[1] - kernel[1], 0, taps[0] * stride[0] - kernel[0])
+    phases = F.pad(weight, room).reshape(out, channels, taps[0], stride[0], taps[1], stride[1]).flip(2, 4)
+    phases = phases.permute(3, 5, 1, 0, 2, 4).reshape(-1, out, *taps)
+    pulled = F.conv2d(rows, phases, None, 1, (taps[0] - 1, taps[1] - 1))
+    pulled = pulled.unflatten(1, (*stride, channels)).permute(0, 3, 4, 1, 5, 2)
+    pulled = pulled.flatten(4, 5).flatten(2, 3)
+    (top, left), (height, width) = padding, pulled.shape[2:]
+    crop = (-left, target[2] + left - width, -top, target[1] + top - height)
+    return F.pad(pulled, crop) if any(crop) else pulled
 
 
 class TransposedConvolution(_Weighted):

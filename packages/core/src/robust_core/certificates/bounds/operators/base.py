@@ -25,6 +25,8 @@ def contract(rows: Tensor, values: Tensor) -> Tensor:
     flat = rows.flatten(2)
     if values.ndim == rows.ndim - 2:
         return flat @ values.flatten()
+    if flat.device.type == "cpu":  # several times as fast as a product with a single column
+        return (flat * values.flatten(1).unsqueeze(1)).sum(2)
     return torch.bmm(flat, values.flatten(1).unsqueeze(2)).squeeze(2)
 
 
