@@ -98,3 +98,7 @@ def test_extra_members_and_damage_are_refused(exported: Path, tmp_path: Path) ->
     cut.write_bytes(exported.read_bytes()[:-100])
     with pytest.raises(UntrustedFileError):
         load_exported(cut)
+
+
+def test_it_is_in_eval_mode_as_evaluations_ask(exported: Path) -> None:
+    assert not any(module.training for module in load_exported(exported).modules())

@@ -47,6 +47,8 @@ class ExportedClassifier(nn.Module):
         super().__init__()
         self.program = program.module(check_guards=False)
         self.batch = batch
+        for module in self.modules():
+            module.training = False  # a graph module of torch refuses eval(), and is born with the flag of train mode
 
     def train(self, mode: bool = True) -> ExportedClassifier:
         """Keep the exported graph in the mode that it was exported in; only the flag changes."""
