@@ -25,8 +25,8 @@ Classifier = Callable[[Tensor], Tensor]
 
 ROW_MULTIPLE, ROW_MINIMUM = 8, 16
 """Batches are padded to a multiple of 8 rows, at least 16: from there on the matrix kernels of the CPU give a row
-the same bits whatever stands beside it (float32 needs 16 rows, float64 a multiple of 4). Certain with one thread; with
-more, a kernel that shares the sum over one very wide row among threads may round it by its place in the batch."""
+the same bits whatever stands beside it (float32 needs 16 rows, float64 a multiple of 4). Measured, not proved; with
+several threads, a kernel that shares the sum over one very wide row among them may round it by its place."""
 
 
 class Normalize(nn.Module):
