@@ -232,3 +232,15 @@ def test_time_limits_labels_and_empty_work():
     wrong = (predict_logits(model, x).argmax(1) + 1) % 3
     assert crown.certify(x, wrong).status.tolist() == [Status.UNKNOWN] * len(x)
     assert not crown.radius(x, wrong, max_eps=0.1).certified.any()
+
+
+def test_bounds_follow_weights_that_are_written_behind_the_back_of_autograd():
+    model, x = random_network(0, "mlp")
+    certifier = IntervalBounds(model, Linf(0.1))
+    for guard in (torch.inference_mode, torch.no_grad):
+        with guard():
+            certifier.bounds(x)
+            next(iter(model.parameters())).data.mul_(3.0)
+            found, expected = certifier.bounds(x), IntervalBounds(model, Linf(0.1)).bounds(x)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])

@@ -141,8 +141,9 @@ def trace(model: nn.Module, x: Tensor, *, fixed: bool = False) -> Graph:
             f"model is a {type(model).__name__}; bounds need an nn.Module (other callables: robust_core's Smoothing)"
         )
     refuse_hooks(model)
-    example = x[:1].detach().expand(EXAMPLE_BATCH, *x.shape[1:]).clone()
-    with frozen(model), torch.no_grad():
+    # Inference mode keeps no count of writes to a tensor, which tells what was overwritten.
+    with torch.inference_mode(mode=False), frozen(model), torch.no_grad():
+        example = x[:1].detach().expand(EXAMPLE_BATCH, *x.shape[1:]).clone()
         state = [example, *model.parameters(), *model.buffers()]
         versions = [_version(value) for value in state]
         traced = _symbolic(model, example)

@@ -35,12 +35,21 @@ class _Weighted(Affine):
         self._gain: float | None = None
 
     def absolute_weight(self) -> Tensor:
-        """Return |W|; kept where the weights are fixed (writes to ``weight.data`` leave no trace by which to tell)."""
-        if not self.fixed:
-            return self.weight().abs()
-        if self._absolute is None:
-            self._absolute = self.weight().detach().abs()
-        return self._absolute
+        """Return |W|; kept where the weights are fixed (writes to ``weight.data`` leave no trace by which to tell).
+
+        Elsewhere it is worked out anew, outside of autograd into the same memory: fresh memory costs more than |W|.
+        """
+        known = self._absolute
+        if self.fixed and known is not None:
+            return known
+        weight = self.weight()
+        if torch.is_grad_enabled() and not self.fixed:
+            return weight.abs()
+        weight = weight.detach()
+        alike = known is not None and known.shape == weight.shape and not known.is_inference()
+        if known is None or not alike or (known.dtype, known.device) != (weight.dtype, weight.device):
+            known = self._absolute = torch.empty_like(weight)
+        return torch.abs(weight, out=known)
 
     def gain(self) -> float:
         if self._gain is None or not self.fixed:
