@@ -3,6 +3,7 @@
 import os
 import signal
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,15 @@ from torch import Tensor
 
 from robust_core.data.corruptions import corrupt
 from robust_core.execution import ShardError, run_shards
+
+ROOT = str(Path(__file__).parents[3])
+
+
+@pytest.fixture(autouse=True)
+def _importable_by_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers import this module by the name that pytest gave it, which starts at the root of the repository."""
+    monkeypatch.syspath_prepend(ROOT)
+
 
 IMAGES = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
