@@ -14,7 +14,16 @@ from robust_core.data.views import Views, flip
 from robust_core.random import SampleStreams, derive
 from robust_core.testing.tiny import linear_binary
 from robust_core.threats import L1, L2, Linf, Threat
-from robust_core.training import Adversarial, FastPGD, GaussianNoise, Interval, Standard, Trades, fit
+from robust_core.training import (
+    Adversarial,
+    FastPGD,
+    GaussianNoise,
+    Interval,
+    NoiseConsistency,
+    Standard,
+    Trades,
+    fit,
+)
 
 
 def _batch(n: int = 12, **more: Any) -> dict[str, Any]:
@@ -110,6 +119,30 @@ def test_gaussian_noise_is_drawn_for_step_and_sample() -> None:
     assert torch.equal(GaussianNoise(0.0)(net, batch).total, Standard()(net, batch).total)
 
 
+def test_consistency_is_its_formula_on_the_copies_of_each_sample() -> None:
+    net, batch = _net().eval(), _batch(step=4, seed=1)
+    loss = NoiseConsistency(0.25, 3, 5.0, entropy=0.5, generator=9)(net, batch)
+    streams = SampleStreams(derive(9, 1, 4), batch["index"], "noise")
+    logits = [net(batch["x"] + 0.25 * streams.normal((6,), chunk=i)) for i in range(3)]
+    p = torch.stack(logits).softmax(2)
+    mean = p.mean(0)
+    divergence = (mean * (mean / p).log()).sum(2).mean()
+    entropy = -(mean * mean.log()).sum(1).mean()
+    plain = torch.stack([F.cross_entropy(z, batch["y"]) for z in logits]).mean()
+    torch.testing.assert_close(loss.total, plain + 5.0 * divergence + 0.5 * entropy)
+    torch.testing.assert_close(loss.parts["divergence"], divergence.detach())
+    torch.testing.assert_close(loss.parts["entropy"], entropy.detach())
+    soft = {**batch, "y": F.one_hot(batch["y"], 2).float()}
+    same = NoiseConsistency(0.25, 3, 5.0, entropy=0.5, generator=9)(net, soft)
+    torch.testing.assert_close(same.total, loss.total)
+
+
+def test_one_copy_without_entropy_is_plain_noise() -> None:
+    net, batch = _net(), _batch(step=4, seed=1)
+    total = NoiseConsistency(0.25, 1, 0.0, entropy=0.0, generator=9)(net, batch).total
+    assert torch.equal(total, GaussianNoise(0.25, generator=9)(net, batch).total)
+
+
 def test_in_a_loop_of_ones_own_each_call_draws_anew_and_resumes() -> None:
     net, batch = _net(), _batch()
     straight, first, second = GaussianNoise(1.0), GaussianNoise(1.0), GaussianNoise(1.0)
@@ -137,7 +170,13 @@ def test_interval_training_is_plain_at_first_and_worst_case_in_the_end() -> None
 
 @pytest.mark.parametrize(
     "objective",
-    [Standard(), Adversarial(FastPGD(Linf(0.1), 2)), Trades(FastPGD(Linf(0.1), 2)), GaussianNoise(0.1)],
+    [
+        Standard(),
+        Adversarial(FastPGD(Linf(0.1), 2)),
+        Trades(FastPGD(Linf(0.1), 2)),
+        GaussianNoise(0.1),
+        NoiseConsistency(0.1),
+    ],
     ids=lambda o: type(o).__name__,
 )
 @pytest.mark.parametrize(
@@ -155,6 +194,8 @@ def test_wrong_arguments_are_named() -> None:
         (lambda: FastPGD(Linf(0.1), 3, -1.0), "step_size=-1.0"),
         (lambda: Trades(FastPGD(Linf(0.1)), -1.0), "beta=-1.0"),
         (lambda: GaussianNoise(-0.1), "sigma=-0.1"),
+        (lambda: NoiseConsistency(0.1, 0), "copies=0"),
+        (lambda: NoiseConsistency(0.1, 2, -1.0), "lam=-1.0"),
         (lambda: Interval(Linf(0.1), ramp=(0.5, 0.5)), "ramp"),
     ):
         with pytest.raises(ValueError, match=words):

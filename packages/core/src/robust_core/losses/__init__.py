@@ -17,6 +17,7 @@ from robust_core.losses.comp_sum import (
     comp_sum,
     rho_margin_comp_sum,
 )
+from robust_core.losses.consistency import noise_consistency
 from robust_core.losses.distillation import (
     DistillationLoss,
     distillation_kl,
@@ -90,6 +91,7 @@ __all__ = [
     "margin",
     "margin_drift",
     "minimizability_gap_bounded",
+    "noise_consistency",
     "relation_angle",
     "relation_distance",
     "rho_margin_comp_sum",

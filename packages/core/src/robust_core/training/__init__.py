@@ -13,7 +13,15 @@ from robust_core.training.fit import fit
 from robust_core.training.inner import FastPGD
 from robust_core.training.log import JsonLines, TensorBoardLog
 from robust_core.training.objective import Batch, Loss, Objective, Stage
-from robust_core.training.objectives import Adversarial, GaussianNoise, Interval, RandomObjective, Standard, Trades
+from robust_core.training.objectives import (
+    Adversarial,
+    GaussianNoise,
+    Interval,
+    NoiseConsistency,
+    RandomObjective,
+    Standard,
+    Trades,
+)
 from robust_core.training.schedules import constant, cosine, cyclic, piecewise, scheduled, sigmoid_ramp
 from robust_core.training.state import TrainState
 
@@ -28,6 +36,7 @@ __all__ = [
     "Interval",
     "JsonLines",
     "Loss",
+    "NoiseConsistency",
     "Objective",
     "PerSample",
     "PrototypeBank",

@@ -1,19 +1,21 @@
-"""The objectives of the core: plain, adversarial, TRADES, Gaussian noise, intervals.
+"""The objectives of the core: plain, adversarial, TRADES, Gaussian noise, noise with consistency, intervals.
 
-========================  =====================================================================================
-:class:`Standard`         the mean of a loss on the inputs as they are
-:class:`Adversarial`      the mean of a loss on attacked inputs, eq. 2.1 of Madry et al. 2018 (arXiv 1706.06083)
-:class:`Trades`           cross entropy + beta * KL(f(x) || f(x')), eq. 5 of Zhang et al. 2019 (arXiv 1901.08573)
-:class:`GaussianNoise`    cross entropy under noise, the base of smoothing, Cohen et al. 2019 (arXiv 1902.02918)
-:class:`Interval`         plain and worst-case cross entropy, eq. 12 of Gowal et al. 2018 (arXiv 1810.12715)
-========================  =====================================================================================
+=========================  ====================================================================================
+:class:`Standard`          the mean of a loss on the inputs as they are
+:class:`Adversarial`       the mean of a loss on attacked inputs, eq. 2.1 of Madry et al. 2018 (arXiv 1706.06083)
+:class:`Trades`            cross entropy + beta * KL(f(x) || f(x')), eq. 5 of Zhang et al. 2019 (arXiv 1901.08573)
+:class:`GaussianNoise`     cross entropy under noise, the base of smoothing, Cohen et al. 2019 (arXiv 1902.02918)
+:class:`NoiseConsistency`  the same on noisy copies that have to agree, Jeong and Shin 2020 (arXiv 2006.04062)
+:class:`Interval`          plain and worst-case cross entropy, eq. 12 of Gowal et al. 2018 (arXiv 1810.12715)
+=========================  ====================================================================================
 
 Attacks are crafted in eval mode with frozen parameters (batch statistics would let neighbours leak into a row's
 perturbation, and would move the running averages), the training pass runs in the model's own mode. What is random
 depends on (seed, step, index) only.
 
 Left out: label-leaking single-step training without a random start, curricula over ``eps``.
-Defaults: 10 steps of eps / 4 for 8/255 in [0, 1] (both papers use 2/255); beta = 6 (TRADES' robust setting).
+Defaults: 10 steps of eps / 4 for 8/255 in [0, 1] (both papers use 2/255); beta = 6 (TRADES' robust setting); 2 copies,
+lam = 10 and entropy = 0.5 (of the same paper's family for sigma = 0.25: rRCM, arXiv 2501.13094).
 """
 
 from __future__ import annotations
@@ -25,13 +27,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robust_core.checks import check_finite, check_number
+from robust_core.checks import check_count, check_finite, check_number
+from robust_core.losses.consistency import noise_consistency
 from robust_core.random import SampleStreams, Seed, derive, resolve_seed
 from robust_core.threats import Threat
 from robust_core.training.inner import FastPGD, ascend, refuse_bad_labels
 from robust_core.training.objective import Batch, Loss
 
-__all__ = ["Adversarial", "Criterion", "GaussianNoise", "Interval", "RandomObjective", "Standard", "Trades"]
+__all__ = [
+    "Adversarial",
+    "Criterion",
+    "GaussianNoise",
+    "Interval",
+    "NoiseConsistency",
+    "RandomObjective",
+    "Standard",
+    "Trades",
+]
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """(output of the model, y) -> scalar, the mean over the batch."""
@@ -205,6 +217,48 @@ class GaussianNoise(RandomObjective):
         x, y = _plain(batch)
         streams = SampleStreams(self.step_seed(batch), self.index(batch), "noise")
         return Loss(_mean(self.loss, model(x + self.sigma * streams.normal(x.shape[1:], dtype=x.dtype)), y))
+
+
+class NoiseConsistency(RandomObjective):
+    """Minimise the loss under noise, and let the noisy copies of an input agree on a confident answer.
+
+    ``mean_i loss(f(x + noise_i), y) + lam * mean_i KL(p_mean || p_i) + entropy * H(p_mean)``, section 3 of Jeong and
+    Shin 2020. One copy without the entropy is :class:`GaussianNoise`, bit for bit.
+
+    Args:
+        sigma: standard deviation, in the units of the inputs.
+        copies: noisy copies of each input, which go through the model together.
+        lam: weight of the divergence between the copies.
+        entropy: weight of the entropy of their mean. Some write ``lam * (KL + c * H)``: then this is ``lam * c``.
+        loss: (logits, y) -> scalar; gets (copies * B) rows, the labels (or soft labels) repeated.
+        generator: seed.
+    """
+
+    def __init__(
+        self,
+        sigma: float,
+        copies: int = 2,
+        lam: float = 10.0,
+        *,
+        entropy: float = 0.5,
+        loss: Criterion = F.cross_entropy,
+        generator: Seed = None,
+    ) -> None:
+        super().__init__(generator)
+        self.sigma, self.copies = check_number("sigma", sigma, low=0), check_count("copies", copies)
+        self.lam, self.entropy = check_number("lam", lam, low=0), check_number("entropy", entropy, low=0)
+        self.loss = loss
+
+    def forward(self, model: nn.Module, batch: Batch) -> Loss:
+        """Return the loss of one batch, with parts ``noisy``, ``divergence`` and ``entropy``."""
+        x, y = _plain(batch)
+        streams = SampleStreams(self.step_seed(batch), self.index(batch), "noise")
+        noisy = [x + self.sigma * streams.normal(x.shape[1:], chunk=i, dtype=x.dtype) for i in range(self.copies)]
+        logits = model(torch.cat(noisy))
+        plain = _mean(self.loss, logits, y.repeat(self.copies, *[1] * (y.ndim - 1)))
+        divergence, entropy = (v.mean() for v in noise_consistency(logits.unflatten(0, (self.copies, len(x)))))
+        parts = {"noisy": plain.detach(), "divergence": divergence.detach(), "entropy": entropy.detach()}
+        return Loss(plain + self.lam * divergence + self.entropy * entropy, parts)
 
 
 class Interval(RandomObjective):
