@@ -31,9 +31,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,11 +40,11 @@ import torch
 from torch import Tensor
 
 from robust_core.certificates.result import ABSTAIN, About, Certificate, Status
+from robust_core.certificates.sampling import OnStep, count_votes, prepare, radius_grid, run_key, sample
 from robust_core.certificates.smoothed import SmoothedClassifier, SmoothingState
 from robust_core.certificates.statistics import binomial_p_value, family_alpha
 from robust_core.certificates.stopping import (
     SOFT_LEVELS,
-    Evidence,
     FixedPlan,
     Plan,
     RadiusPlan,
@@ -53,14 +52,12 @@ from robust_core.certificates.stopping import (
     TolerancePlan,
     gaussian_radius,
 )
-from robust_core.certificates.votes import NoisyPasses, Segment, chunk_sizes, hard_votes, refuse_unsuitable
-from robust_core.checks import check_choice, check_count, check_inputs, check_labels, check_number
-from robust_core.models import Classifier, fingerprint, frozen, model_device
+from robust_core.certificates.votes import NoisyPasses, refuse_unsuitable
+from robust_core.checks import check_choice, check_count, check_labels, check_number
+from robust_core.models import Classifier, fingerprint, frozen
 from robust_core.random import Seed, resolve_seed
 
 __all__ = ["Smoothing"]
-
-OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -142,11 +139,11 @@ class Smoothing:
             TypeError, ValueError: bad inputs, or a model whose output is no fixed function of one input.
         """
         started = time.perf_counter()
-        x, index, seed = self._prepare(x, index, generator)
+        x, index, seed = prepare(self.model, x, index, generator)
         if y is not None:
             check_labels(y, len(x))
         alpha = family_alpha(self.alpha, len(x), self.family)
-        radii = _grid(radius)
+        radii = radius_grid(radius)
         plan = self._plan(alpha, radii, tolerance)
         state = SmoothingState() if state is None else state
         with frozen(self.model), torch.no_grad():
@@ -157,7 +154,7 @@ class Smoothing:
             mark = fingerprint(self.model)
             if state.begin(self._key(mark, x, y, index, seed, radii, tolerance), len(x)):
                 state.label = self._labels(passes, y)
-            self._sample(passes, plan, state, on_step)
+            sample(passes, plan, state, on_step)
         cost = {"forwards": float(passes.forwards), "seconds": time.perf_counter() - started}
         return self._certificate(plan, state, radii, alpha, self._about(mark, radii, tolerance), cost, x.device)
 
@@ -174,12 +171,12 @@ class Smoothing:
             generator: seed of the noise; None means 0.
             n_samples: samples for each row; those of the constructor by default.
         """
-        x, index, seed = self._prepare(x, index, generator)
+        x, index, seed = prepare(self.model, x, index, generator)
         n = check_count("n_samples", self.n_samples if n_samples is None else n_samples)
         alpha = family_alpha(self.alpha, len(x), self.family)
         with frozen(self.model), torch.no_grad():
             refuse_unsuitable(self.model, x, self.sigma, seed)
-            counts = self._counts(self._passes(x, index, seed), "smoothing/predict", n)
+            counts = count_votes(self._passes(x, index, seed), "smoothing/predict", n)
         best = counts.topk(2, dim=1)
         first, second = best.values.unbind(1)
         sure = torch.as_tensor(binomial_p_value(first, first + second), device=x.device) <= alpha
@@ -204,17 +201,6 @@ class Smoothing:
         return SmoothedClassifier(
             self.model, self.sigma, n_samples=n_samples, fresh=fresh, seed=resolve_seed(generator)
         )
-
-    def _prepare(self, x: Tensor, index: Tensor | None, generator: Seed) -> tuple[Tensor, Tensor, int]:
-        check_inputs(x)
-        device = model_device(self.model)
-        if device is not None and device != x.device:
-            raise ValueError(f"x is on {x.device}, the model on {device}; move one of them")
-        if index is None:
-            index = torch.arange(len(x))
-        elif index.shape != (len(x),) or index.dtype != torch.int64:
-            raise ValueError(f"index is {index.dtype} of shape {tuple(index.shape)}; int64 ({len(x)},) is needed")
-        return x.detach(), index.cpu(), resolve_seed(generator)
 
     def _passes(self, x: Tensor, index: Tensor, seed: int) -> NoisyPasses:
         return NoisyPasses(
@@ -242,53 +228,11 @@ class Smoothing:
             return TolerancePlan(self.n_samples, alpha, tolerance, self.give_up)
         return FixedPlan(self.n_samples, alpha, self.give_up)
 
-    def _counts(self, passes: NoisyPasses, purpose: str, n: int) -> Tensor:
-        """Return (B, C + 1) votes among ``n`` samples; the last column counts "no class"."""
-        work = (Segment(row, c, size) for row in range(len(passes.x)) for c, size in enumerate(chunk_sizes(n)))
-        counts: Tensor | None = None
-        for _, rows, logits in passes.run(purpose, work):
-            width = logits.shape[1] + 1
-            if counts is None:
-                counts = torch.zeros(len(passes.x) * width, dtype=torch.int64, device=logits.device)
-            place = rows * width + hard_votes(logits)
-            counts.index_add_(0, place, torch.ones_like(place))
-        if counts is None:
-            raise ValueError("x holds no rows")
-        return counts.reshape(len(passes.x), -1)
-
     def _labels(self, passes: NoisyPasses, y: Tensor | None) -> np.ndarray:
         if y is not None:
             return y.cpu().numpy().copy()
-        counts = self._counts(passes, "smoothing/selection", self.n0)
+        counts = count_votes(passes, "smoothing/selection", self.n0)
         return counts[:, :-1].argmax(1).cpu().numpy()
-
-    def _sample(self, passes: NoisyPasses, plan: Plan, state: SmoothingState, on_step: OnStep | None) -> None:
-        """Draw what each look needs, for the rows that are not decided, and let the plan judge."""
-        n, device = len(passes.x), passes.x.device
-        label = torch.from_numpy(state.label).to(device)
-        sums = torch.from_numpy(np.stack([state.total, state.square])).to(device)
-        evidence = Evidence(state.total, state.square, state.p_lower, state.level, state.done)
-        ends, chunk, drawn = np.cumsum(plan.sizes), state.chunk.copy(), state.drawn.copy()
-
-        def commit() -> None:  # all counts at once, so that an interrupted state is a consistent one
-            state.total[:], state.square[:] = sums.cpu().numpy()
-            state.chunk[:], state.drawn[:] = chunk, drawn
-
-        while state.look < len(plan.looks) and not state.done.all():
-            live = np.flatnonzero(~state.done)
-            until = int(np.searchsorted(ends, plan.looks[state.look])) + 1
-            work = _segments(live, chunk.copy(), plan.sizes, until)
-            for segments, rows, logits in passes.run(plan.purpose, work):
-                _tally(sums, rows, logits, label, soft=plan.soft)
-                for row, c, size in segments:
-                    chunk[row], drawn[row] = c + 1, drawn[row] + size
-                if on_step is not None:
-                    commit()
-                    spared = int((plan.looks[-1] - drawn[state.done]).sum())
-                    on_step(int(drawn.sum()) + spared, n * plan.looks[-1])
-            commit()
-            plan.look(state.look, live, evidence)
-            state.look += 1
 
     def _certificate(
         self,
@@ -334,47 +278,5 @@ class Smoothing:
         return About("smoothed", hashlib.sha256(wrapping.encode()).hexdigest(), "L2", method)
 
     def _key(self, mark: str, *parts: Any) -> str:
-        """Return what names a run: two calls with the same key draw the same numbers."""
-        digest = hashlib.sha256(mark.encode())
         settings = (self.sigma, self.n0, self.n_samples, self.alpha, self.family, self.votes)
-        for part in (*settings, self.quantise_bits, self.give_up, *parts):
-            if isinstance(part, Tensor):
-                digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
-                digest.update(part.cpu().contiguous().numpy().tobytes())
-            else:
-                digest.update(f"|{part!r}".encode())
-        return digest.hexdigest()
-
-
-def _grid(radius: float | Sequence[float] | None) -> list[float] | None:
-    if radius is None:
-        return None
-    radii = [radius] if isinstance(radius, int | float) else [float(r) for r in radius]
-    for r in radii:
-        check_number("radius", r, low=0.0)
-    if not radii or any(b <= a for a, b in pairwise(radii)):
-        raise ValueError(f"radius={radius!r}: one radius, or an increasing grid, is needed")
-    return [float(r) for r in radii]
-
-
-def _segments(live: np.ndarray, chunk: np.ndarray, sizes: list[int], until: int) -> Iterator[Segment]:
-    for row in live.tolist():
-        for c in range(int(chunk[row]), until):
-            yield Segment(row, c, sizes[c])
-
-
-def _tally(sums: Tensor, rows: Tensor, logits: Tensor, label: Tensor, *, soft: bool) -> None:
-    """Add the votes for each row's label to ``sums`` (2, B): in integers, so that no order matters."""
-    wanted = label[rows]
-    if not soft:
-        top, voted = logits.max(1)
-        hit = (voted == wanted) & (top - top == 0)  # false for NaN and infinity
-        sums[0].index_add_(0, rows, hit.to(torch.int64))
-        return
-    inside = wanted < logits.shape[1]
-    column = torch.where(inside, wanted, 0)[:, None]
-    vote = logits.double().softmax(1).gather(1, column).squeeze(1)
-    vote = torch.where(inside & torch.isfinite(vote), vote, 0.0)
-    units = (vote * SOFT_LEVELS).floor().clamp(0, SOFT_LEVELS).to(torch.int64)
-    sums[0].index_add_(0, rows, units)
-    sums[1].index_add_(0, rows, units * units)
+        return run_key(mark, *settings, self.quantise_bits, self.give_up, *parts)

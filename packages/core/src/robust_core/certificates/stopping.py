@@ -25,7 +25,17 @@ from robust_core.certificates.statistics import (
 )
 from robust_core.certificates.votes import CHUNK, chunk_sizes, fine_chunk_sizes
 
-__all__ = ["SOFT_LEVELS", "Evidence", "FixedPlan", "Plan", "RadiusPlan", "SoftPlan", "TolerancePlan", "gaussian_radius"]
+__all__ = [
+    "SOFT_LEVELS",
+    "Evidence",
+    "FixedPlan",
+    "Plan",
+    "RadiusPlan",
+    "SoftPlan",
+    "TolerancePlan",
+    "doubling_looks",
+    "gaussian_radius",
+]
 
 SOFT_LEVELS = 2**20
 """Soft votes are rounded down to multiples of 2**-20 so that their sums are exact whatever the order."""
@@ -90,11 +100,12 @@ class Plan:
         raise TypeError("use one of the plans")
 
 
-def _coarse(n: int, ratio: int) -> list[int]:
+def doubling_looks(n: int) -> list[int]:
+    """Return 256, 512, ... and ``n``: looks that fit the chunks of ``chunk_sizes``."""
     looks, size = [], CHUNK
     while size < n:
         looks.append(size)
-        size *= ratio
+        size *= 2
     return [*looks, n]
 
 
@@ -102,7 +113,7 @@ class FixedPlan(Plan):
     """All samples for every row, apart from hopeless ones; the bound is Clopper-Pearson at ``n``."""
 
     def __init__(self, n: int, alpha: float, give_up: float) -> None:
-        super().__init__(_coarse(n, 2), chunk_sizes(n), "smoothing/estimation")
+        super().__init__(doubling_looks(n), chunk_sizes(n), "smoothing/estimation")
         self.alpha = alpha
         least = bisect_left(range(n + 1), True, key=lambda k: bool(clopper_pearson_lower(k, n, alpha) > 0.5))
         self.hopeless = _halting(self.looks, least, give_up)
@@ -125,7 +136,7 @@ class TolerancePlan(Plan):
     """
 
     def __init__(self, n: int, alpha: float, tolerance: float, give_up: float) -> None:
-        super().__init__(_coarse(n, 2), chunk_sizes(n), "smoothing/estimation")
+        super().__init__(doubling_looks(n), chunk_sizes(n), "smoothing/estimation")
         m = len(self.looks)
         self.alphas = split_alpha(alpha, m, weights=[1.0] * (m - 1) + [max(m - 1.0, 1.0)])
         self.tolerance, self.give_up = tolerance, give_up
@@ -198,7 +209,7 @@ class SoftPlan(Plan):
     """
 
     def __init__(self, n: int, alpha: float, give_up: float) -> None:
-        super().__init__(_coarse(n, 2), chunk_sizes(n), "smoothing/soft")
+        super().__init__(doubling_looks(n), chunk_sizes(n), "smoothing/soft")
         self.soft = True
         self.alpha, self.give_up = alpha, give_up
 

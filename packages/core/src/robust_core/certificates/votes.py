@@ -83,6 +83,16 @@ class NoisyPasses:
         self._capacity = max(self.batch_size, CHUNK, min(PACK, PACK_NUMBERS // x[0].numel()))
         self._buffer: Tensor | None = None
 
+    @property
+    def n_rows(self) -> int:
+        """Images."""
+        return len(self.x)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.x.device
+
     def run(self, purpose: str, work: Iterable[Segment]) -> Iterator[tuple[list[Segment], Tensor, Tensor]]:
         """Yield (segments, rows, logits) batch by batch: ``rows`` (m,) int64 names the image of each logit row."""
         batch: list[Segment] = []
