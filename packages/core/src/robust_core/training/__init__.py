@@ -22,7 +22,7 @@ from robust_core.training.objectives import (
     Standard,
     Trades,
 )
-from robust_core.training.schedules import constant, cosine, cyclic, piecewise, scheduled, sigmoid_ramp
+from robust_core.training.schedules import constant, cosine, cyclic, piecewise, scheduled, sigmoid_ramp, smoothed_ramp
 from robust_core.training.state import TrainState
 
 __all__ = [
@@ -53,5 +53,6 @@ __all__ = [
     "piecewise",
     "scheduled",
     "sigmoid_ramp",
+    "smoothed_ramp",
     "weights",
 ]

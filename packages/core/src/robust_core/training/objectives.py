@@ -291,13 +291,13 @@ class Interval(RandomObjective):
 
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of one batch, with parts ``natural`` and ``robust``."""
-        from robust_core.certificates.bounds import IntervalBounds
+        from robust_core.certificates.bounds import IntervalBounds, robust_cross_entropy
 
         x, y = _plain(batch)
         if self._bounds is None or self._bounds.model is not model:
             self._bounds = IntervalBounds(model, self.threat)
         grown = min(max((self.share(batch) - self.ramp[0]) / (self.ramp[1] - self.ramp[0]), 0.0), 1.0)
-        natural = _mean(self.loss, model(x), y)
-        robust = self._bounds.loss(x, y, eps=grown * self.threat.eps)
+        found = self._bounds.training_pass(x, y, eps=grown * self.threat.eps)
+        natural, robust = _mean(self.loss, found.logits, y), robust_cross_entropy(found.margins, y)
         weight = grown * self.final_weight
         return Loss((1 - weight) * natural + weight * robust, {"natural": natural.detach(), "robust": robust.detach()})

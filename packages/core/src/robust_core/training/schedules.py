@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from robust_core.checks import check_number
 
-__all__ = ["Shape", "constant", "cosine", "cyclic", "piecewise", "scheduled", "sigmoid_ramp"]
+__all__ = ["Shape", "constant", "cosine", "cyclic", "piecewise", "scheduled", "sigmoid_ramp", "smoothed_ramp"]
 
 Shape = Callable[[float], float]
 """Share of training done, in [0, 1] -> factor of the learning rate."""
@@ -62,6 +62,20 @@ def cyclic(*, peak: float = 0.4, final: float = 0.0) -> Shape:
 def sigmoid_ramp(share: float) -> float:
     """Rise from exp(-5) to 1 as ``exp(-5 (1 - share)^2)``: the usual ramp of consistency weights."""
     return math.exp(-5 * (1 - min(max(share, 0.0), 1.0)) ** 2)
+
+
+def smoothed_ramp(share: float, *, mid: float = 0.25, beta: float = 4.0) -> float:
+    """Rise from 0 to 1: as a power ``beta`` up to ``mid``, then linearly, the slope being continuous.
+
+    The usual ramp of the radius in certified training (the code of Gowal et al. 2018, arXiv 1810.12715).
+    """
+    check_number("mid", mid, low=0, high=1, open_low=True, open_high=True)
+    check_number("beta", beta, low=1)
+    share = min(max(share, 0.0), 1.0)
+    factor = 1 / ((1 - mid) * beta * mid ** (beta - 1) + mid**beta)
+    if share < mid:
+        return factor * share**beta
+    return 1 - factor * beta * mid ** (beta - 1) * (1 - share)
 
 
 def scheduled(shape: Shape) -> Callable[[Optimizer, int], LambdaLR]:

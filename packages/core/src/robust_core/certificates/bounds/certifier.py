@@ -6,6 +6,7 @@ import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from torch.nn import functional as F
 
 from robust_core.attacks.engine import Attack
 from robust_core.certificates.bounds.backward import Analysis
-from robust_core.certificates.bounds.box import Rounding
-from robust_core.certificates.bounds.graph import Graph, check_twin, refuse_hooks, trace
+from robust_core.certificates.bounds.box import Box, Rounding
+from robust_core.certificates.bounds.clean import Statistics, clean_pass, with_statistics
+from robust_core.certificates.bounds.graph import Graph, check_twin, operator_of, refuse_hooks, trace
+from robust_core.certificates.bounds.operators import Activation
 from robust_core.certificates.bounds.region import Region
 from robust_core.certificates.result import About, Certificate, Status
 from robust_core.checks import check_count, check_inputs, check_labels, check_number
@@ -22,7 +25,7 @@ from robust_core.models import fingerprint, model_device, predict_logits
 from robust_core.random import Seed
 from robust_core.threats import Threat
 
-__all__ = ["BoundCertifier", "robust_cross_entropy"]
+__all__ = ["BoundCertifier", "TrainingPass", "robust_cross_entropy"]
 
 
 def robust_cross_entropy(margins: Tensor, y: Tensor) -> Tensor:
@@ -33,6 +36,38 @@ def robust_cross_entropy(margins: Tensor, y: Tensor) -> Tensor:
         y: (B,) labels.
     """
     return F.cross_entropy(-margins, y)
+
+
+@dataclass(frozen=True)
+class TrainingPass:
+    """What one batch gives to train on; all of it differentiable, none of it rigorous about rounding.
+
+    Attributes:
+        logits: (B, K) of the clean inputs.
+        analysis: the boxes of all values, and the graph with the statistics of this batch.
+        margins: (B, K) lower bounds of ``z_y - z_j``, 0 at ``y``.
+    """
+
+    logits: Tensor
+    analysis: Analysis
+    margins: Tensor
+
+    @property
+    def start(self) -> Box:
+        """The box that the first dense layer reads: the clipped ball, normalised where the model normalises."""
+        for node in self.analysis.graph.nodes[1:]:
+            if operator_of(node).dense:
+                return self.analysis.boxes[node.inputs[0]]
+        return self.analysis.boxes[0]
+
+    @property
+    def activations(self) -> list[tuple[str, Box]]:
+        """The box in front of each activation, with the name of that activation, in order."""
+        found = []
+        for position, node in enumerate(self.analysis.graph.nodes):
+            if isinstance(node.operator, Activation):
+                found.append((node.operator.label, self.analysis.inputs(position)[0]))
+        return found
 
 
 class BoundCertifier(ABC):
@@ -82,10 +117,10 @@ class BoundCertifier(ABC):
             self._live = (key, trace(self.model, x))
         return self._live[1]
 
-    def _analysis(self, x: Tensor, eps: float | Tensor | None) -> Analysis:
+    def _analysis(self, x: Tensor, eps: float | Tensor | None, statistics: Statistics | None = None) -> Analysis:
         check_inputs(x)
         Rounding.of(x.dtype)  # refuses half precision
-        graph = self.graph(x)
+        graph = with_statistics(self.graph(x), statistics or {})
         region = Region.of(self.threat, x, self.threat.eps if eps is None else eps)
         return Analysis.start(graph, region, None)
 
@@ -106,6 +141,31 @@ class BoundCertifier(ABC):
     def loss(self, x: Tensor, y: Tensor, *, eps: float | Tensor | None = None) -> Tensor:
         """Return the robust cross-entropy, a scalar with gradient."""
         return robust_cross_entropy(self.margins(x, y, eps=eps), y)
+
+    def training_pass(
+        self, x: Tensor, y: Tensor, *, eps: float | Tensor | None = None, kappa: float = 1.0
+    ) -> TrainingPass:
+        """Run the model on a batch in the mode that it is in, and bound it with the statistics of that batch.
+
+        In train mode, batch normalisation uses mean and variance of the clean activations at both ends of every
+        interval, gradients flow through them, and the running statistics are updated once.
+
+        Args:
+            x: (B, ...) inputs.
+            y: (B,) labels.
+            eps: another radius, or one for each sample (B,).
+            kappa: share of this certifier's own margins, the rest being those of plain intervals.
+        """
+        check_number("kappa", kappa, low=0, high=1)
+        self.graph(x)  # names what is not supported before the running statistics move
+        logits, statistics = clean_pass(self.model, x)
+        analysis = self._analysis(x, eps, statistics)
+        check_labels(y, len(x), analysis.graph.n_classes)
+        return TrainingPass(logits, analysis, self._mixed_margins(analysis, y, kappa))
+
+    def _mixed_margins(self, analysis: Analysis, y: Tensor, kappa: float) -> Tensor:
+        """Return ``kappa`` times these margins plus the rest of those of plain intervals."""
+        return self._margins(analysis, y)
 
     # Certificates
 

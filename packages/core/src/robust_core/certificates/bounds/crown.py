@@ -75,10 +75,13 @@ class Crown(BoundCertifier):
         kappa = check_number("kappa", kappa, low=0, high=1)
         analysis = self._analysis(x, eps)
         check_labels(y, len(x), analysis.graph.n_classes)
+        return robust_cross_entropy(self._mixed_margins(analysis, y, kappa), y)
+
+    def _mixed_margins(self, analysis: Analysis, y: Tensor, kappa: float) -> Tensor:
         mixed = interval_margins(analysis, y)
         if kappa:
             mixed = (1 - kappa) * mixed + kappa * self._linear_margins(analysis, y)
-        return robust_cross_entropy(mixed, y)
+        return mixed
 
     def _rows_per_sample(self, graph: Graph) -> int:
         optimised = sum(isinstance(node.operator, Rectifier) for node in graph.nodes)

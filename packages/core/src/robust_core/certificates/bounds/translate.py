@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from robust_core.certificates.bounds.operators import (
+    BatchNorm,
     Concat,
     Convolution,
     Dense,
@@ -139,19 +140,17 @@ def _batch_norm(
     mean, var = _getter(site, running_mean), _getter(site, running_var)
     if training or mean is None or var is None:
         site.refuse("normalises with the statistics of the batch: a sample's output would depend on its neighbours")
-    gain, shift = _getter(site, weight), _getter(site, bias)
-    wide = (-1, *[1] * (len(source.shape) - 1))
-
-    def parts() -> tuple[Tensor, Tensor, Tensor]:
-        scale = torch.rsqrt(var() + eps)
-        scale = scale if gain is None else scale * gain()
-        moved = mean() * scale
-        if shift is None:
-            return scale.reshape(wide), -moved.reshape(wide), moved.abs().reshape(wide)
-        size = moved.abs() + shift().abs()
-        return scale.reshape(wide), (shift() - moved).reshape(wide), size.reshape(wide)
-
-    return Scale(site.label, [source.shape], site.shape, parts, roundings=16), [source]
+    made = BatchNorm(
+        site.label,
+        [source.shape],
+        site.shape,
+        mean=mean,
+        var=var,
+        weight=_getter(site, weight),
+        offset=_getter(site, bias),
+        eps=eps,
+    )
+    return made, [source]
 
 
 def _aten_batch_norm(

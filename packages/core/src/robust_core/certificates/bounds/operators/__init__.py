@@ -4,12 +4,14 @@ from robust_core.certificates.bounds.operators.activation import Activation, Rec
 from robust_core.certificates.bounds.operators.affine import Convolution, Dense, Scale, TransposedConvolution
 from robust_core.certificates.bounds.operators.arithmetic import Concat, Rearrange, Sum
 from robust_core.certificates.bounds.operators.base import Affine, Operator, Shape, adjoint, contract
+from robust_core.certificates.bounds.operators.normalisation import BatchNorm
 from robust_core.certificates.bounds.operators.pooling import Average, MaxPool
 
 __all__ = [
     "Activation",
     "Affine",
     "Average",
+    "BatchNorm",
     "Concat",
     "Convolution",
     "Dense",

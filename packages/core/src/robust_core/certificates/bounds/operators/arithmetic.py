@@ -1,4 +1,4 @@
-"""Sums and differences of two values, concatenation, and rearrangements of elements."""
+"""Sums and differences of two values, concatenation, rearrangements of elements, and pieces of a value."""
 
 # ruff: noqa: D102 - operators are documented by their base class
 from __future__ import annotations
@@ -11,7 +11,10 @@ from torch import Tensor
 from robust_core.certificates.bounds.box import Ball, Box, Rounding
 from robust_core.certificates.bounds.operators.base import Operator, Shape, adjoint
 
-__all__ = ["Concat", "Rearrange", "Sum"]
+__all__ = ["Concat", "Piece", "Rearrange", "Sum"]
+
+Index = tuple[slice | int | None, ...]
+"""Basic indexing, the batch first: each element is taken once at most."""
 
 
 class Sum(Operator):
@@ -116,3 +119,34 @@ class Rearrange(Operator):
         if self.back is not None:
             return None
         return 2 * rounding.gamma_wide(self.size + 8) * self.function(boxes[0].magnitude)  # adding up repeats
+
+
+class Piece(Rearrange):
+    """Some elements of a value, by basic indexing: each is taken once at most, so that a ball stays one.
+
+    Args:
+        index: (full slice of the batch, then slices, integers or None).
+    """
+
+    def __init__(self, label: str, in_shapes: Sequence[Shape], shape: Shape, *, index: Index) -> None:
+        super().__init__(label, in_shapes, shape, function=lambda x: x[index])
+        self.index = index
+
+    def interval(self, boxes: Sequence[Box], rounding: Rounding | None) -> Box:
+        result = boxes[0].map(self.function)
+        if boxes[0].ball is not None:
+            result.ball = Ball(*(self.function(part) for part in boxes[0].ball))
+        return result
+
+    def backward(
+        self, rows: Tensor, boxes: Sequence[Box], slopes: Tensor | None, rounding: Rounding | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        flat = rows.flatten(0, 1)
+        whole = flat.new_zeros((len(flat), *self.in_shapes[0]))
+        if torch.is_grad_enabled() and flat.requires_grad:
+            return super().backward(rows, boxes, slopes, rounding)
+        whole[self.index] = flat
+        return [whole.unflatten(0, rows.shape[:2])], None
+
+    def error(self, boxes: Sequence[Box], rounding: Rounding) -> Tensor | None:
+        return None
