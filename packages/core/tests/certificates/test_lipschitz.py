@@ -134,6 +134,17 @@ def test_a_linear_classifier_is_certified_at_its_exact_distance():
         assert (result.radius < exact).all()
 
 
+def test_margin_constants_of_a_linear_classifier_are_row_differences():
+    model = nn.Linear(6, 4).double()
+    weight = model.weight.detach()
+    found = LipschitzCertifier(model).margin_constants(torch.zeros(2, 6, dtype=torch.float64), torch.tensor([0, 2]))
+    exact = torch.stack([(weight[y] - weight[[j for j in range(4) if j != y]]).norm(dim=1) for y in (0, 2)])
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
+    assert (found >= exact).all()
+    with pytest.raises(ValueError, match="labels"):
+        LipschitzCertifier(model).margin_constants(torch.zeros(1, 6, dtype=torch.float64), torch.tensor([4]))
+
+
 def test_valid_radius_and_bad_input():
     margins, constants = torch.tensor([[2.0, 4.0], [-1.0, 3.0]]), torch.ones(2, 2)
     assert margin_radius(margins, constants, valid_radius=0.5)[0] == pytest.approx(0.5)

@@ -37,6 +37,27 @@ def test_clopper_pearson_matches_the_published_vectors(k, n, bound, quantile):
 
 
 @COMMON
+@given(n=st.integers(1, 10**4), mean=st.floats(0, 1), alpha=st.sampled_from([1e-9, 1e-3, 0.05]))
+def test_chernoff_meets_its_equation_and_lies_between_hoeffding_and_the_exact_bound(n, mean, alpha):
+    low = float(s.chernoff_lower(mean, n, alpha))
+    assert low <= mean
+    assert low >= float(s.hoeffding_lower(mean, n, alpha)) - 1e-9  # Pinsker's inequality
+    assert float(s.chernoff_upper(1 - mean, n, alpha)) == pytest.approx(1 - low, abs=1e-9)
+    k = math.floor(n * mean)
+    assert float(s.chernoff_lower(k / n, n, alpha)) <= float(s.clopper_pearson_lower(k, n, alpha)) + 1e-9
+    assert float(s.chernoff_lower(1.0, n, alpha)) == pytest.approx(alpha ** (1 / n), rel=1e-9)
+    assert s.chernoff_lower(0.0, n, alpha) == 0
+
+
+def test_chernoff_covers_means_of_dependent_parts():
+    generator = np.random.default_rng(0)
+    shared = generator.random((4000, 20, 1))  # 20 draws; the 5 parts of a draw go together
+    values = (shared < 0.9 + 0.02 * np.arange(5)).mean(2)
+    failures = (s.chernoff_lower(values.mean(1), 20, 0.1) > 0.94).sum()
+    assert at_most(failures, 4000, 0.1)
+
+
+@COMMON
 @given(n=st.integers(1, 10**6), share=st.floats(0, 1), alpha=st.sampled_from([1e-9, 1e-3, 0.05, 0.5]))
 def test_bounds_err_on_the_safe_side_of_the_exact_tail(n, share, alpha):
     k = round(n * share)

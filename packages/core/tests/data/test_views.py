@@ -6,10 +6,18 @@ import pytest
 import torch
 
 from robust_core.data import load
-from robust_core.data.views import Views, cutout, flip, gaussian_noise, jitter_affine, random_crop
+from robust_core.data.views import (
+    Views,
+    cutout,
+    flip,
+    gaussian_noise,
+    jitter_affine,
+    random_crop,
+    random_resized_crop,
+)
 from robust_core.random import SampleStreams
 
-EVERY = (flip, random_crop, jitter_affine, gaussian_noise, cutout)
+EVERY = (flip, random_crop, random_resized_crop, jitter_affine, gaussian_noise, cutout)
 
 
 @pytest.mark.quick
@@ -55,3 +63,24 @@ def test_transforms_do_what_they_say() -> None:
     assert float(covered.max()) == 0.25
     moved = random_crop(x, streams)
     assert any(torch.equal(moved[i], x[i]) for i in range(50))
+
+
+def test_boxes_have_the_area_that_was_asked_for_and_lie_inside() -> None:
+    """On an image that says its own coordinates, the view says the box: its slope is the box's side."""
+    n, side = 500, 32
+    line = (torch.arange(side) + 0.5) / side
+    x = torch.stack([line.expand(side, side), line[:, None].expand(side, side)]).expand(n, -1, -1, -1)
+    streams = SampleStreams(0, torch.arange(n), "t")
+    out = random_resized_crop(x, streams, scale=(0.4, 1.0))
+    width = (out[:, 0, 0, -4] - out[:, 0, 0, 3]) * side / (side - 7)
+    height = (out[:, 1, -4, 0] - out[:, 1, 3, 0]) * side / (side - 7)
+    assert float(out.min()) >= 0
+    assert float(out.max()) <= 1
+    area = width * height
+    assert 0.3 < float(area.min()) < 0.45  # a side cut to the image makes the box smaller than asked for
+    assert float(area.max()) > 0.9
+    assert 0.6 < float((width / height).min()) < 0.85
+    whole = random_resized_crop(x, streams, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    assert torch.allclose(whole, x, atol=1e-5)
+    with pytest.raises(ValueError, match=r"scale\[0\]"):
+        random_resized_crop(x, streams, scale=(0.5, 0.4))

@@ -277,6 +277,19 @@ class LipschitzCertifier:
         """Return an upper bound of the Lipschitz constant of the logits, for inputs shaped like ``x`` (B, ...)."""
         return self._prepare(x, fingerprint(self.model))[1][-1]
 
+    def margin_constants(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return (B, C - 1) upper bounds of the Lipschitz constants of ``z_y - z_j``, for the other classes j in order.
+
+        Args:
+            x: (B, ...) inputs; only their shape and type count.
+            y: (B,) classes.
+        """
+        check_inputs(x)
+        graph, constants = self._prepare(x, fingerprint(self.model))
+        rows, _ = margin_rows(check_labels(y, len(x), graph.n_classes), graph.n_classes, torch.float64)
+        with torch.no_grad():
+            return self._pair_constants(graph, constants, rows)
+
     def certify(self, x: Tensor, y: Tensor | None = None) -> Certificate:
         """Certify the model's own predictions on (B, ...) inputs; rows that differ from ``y`` stay unknown.
 

@@ -8,7 +8,9 @@ more than the error of the special functions they use, so that floating point ne
   sample size fixed beforehand; Clopper and Pearson 1934) and :func:`anytime_lower`, :func:`anytime_upper` (valid at
   all sample sizes at once, so that one may look after every sample; a bet against each mean with a Beta(1/2, 1/2)
   mixture and Ville's inequality).
-* means of values in [0, 1]: :func:`hoeffding_lower`, :func:`empirical_bernstein_lower` (Maurer and Pontil 2009).
+* means of values in [0, 1]: :func:`chernoff_lower`, :func:`chernoff_upper` (Hoeffding 1963, theorem 1; near 0 and 1 as
+  narrow as the exact interval of a Bernoulli mean), :func:`hoeffding_lower`, :func:`empirical_bernstein_lower`
+  (Maurer and Pontil 2009).
 * two classes: :func:`binomial_p_value`, two-sided, against 1/2 (Hung and Fithian 2019).
 * one budget of failure per claim: :func:`split_alpha`, :func:`family_alpha`.
 * normal distribution: :func:`normal_cdf_upper`, :func:`normal_quantile_lower`, :func:`normal_quantile_upper`.
@@ -34,6 +36,8 @@ __all__ = [
     "anytime_lower",
     "anytime_upper",
     "binomial_p_value",
+    "chernoff_lower",
+    "chernoff_upper",
     "clopper_pearson",
     "clopper_pearson_lower",
     "clopper_pearson_upper",
@@ -123,6 +127,37 @@ def _exact_lower(k: np.ndarray, n: np.ndarray, alpha: float) -> np.ndarray:
             break
         bound = np.where(over, bound * (1.0 - 1e-9), bound)
     return np.where(k > 0, np.clip(bound, 0.0, 1.0), 0.0)
+
+
+def chernoff_lower(mean: Numbers, n: Numbers, alpha: float) -> Any:
+    """Return the mean m below the sample mean with ``n KL(sample mean, m) = ln(1 / alpha)``, rounded down.
+
+    Valid for independent values in [0, 1], whose moment generating functions a Bernoulli variable of the same mean
+    bounds; KL is the divergence of Bernoulli distributions. A sample mean of 1 gives the exact ``alpha^(1 / n)``.
+
+    Args:
+        mean: sample mean.
+        n: sample size.
+        alpha: failure probability.
+    """
+    (mean, n), device = _means(mean, n)
+    return _write(_chernoff_lower(mean, n, _alpha(alpha)), device)
+
+
+def chernoff_upper(mean: Numbers, n: Numbers, alpha: float) -> Any:
+    """Return the upper counterpart of :func:`chernoff_lower`."""
+    (mean, n), device = _means(mean, n)
+    return _write(1.0 - _chernoff_lower(1.0 - mean, n, _alpha(alpha)), device)
+
+
+def _chernoff_lower(mean: np.ndarray, n: np.ndarray, alpha: float) -> np.ndarray:
+    budget = -math.log(alpha) / n * (1.0 + SLACK) + SLACK
+    low, high = np.zeros_like(mean), mean + 0.0
+    for _ in range(80):  # the divergence falls from infinity to 0 between 0 and the sample mean
+        middle = 0.5 * (low + high)
+        divergence = special.rel_entr(mean, middle) + special.rel_entr(1.0 - mean, 1.0 - middle)
+        low, high = np.where(divergence >= budget, middle, low), np.where(divergence >= budget, high, middle)
+    return low
 
 
 def hoeffding_lower(mean: Numbers, n: Numbers, alpha: float) -> Any:

