@@ -116,6 +116,6 @@ def test_german_credit_in_both_of_its_forms(tmp_path: Path, monkeypatch: pytest.
 def test_bundled_tables_know_their_columns() -> None:
     data = load("breast_cancer", "test")
     assert data.columns[0].name == "mean radius"
-    assert min(data.columns[0].read(data.x)) > 5  # in the unit of the source, not in [0, 1]
+    assert min(map(float, data.columns[0].read(data.x))) > 5  # in the unit of the source, not in [0, 1]
     assert data.subset(range(3)).columns == data.columns
     assert load("digits").columns == ()

@@ -157,7 +157,7 @@ def _numeric(
     bad = next((i for i, value in enumerate(values) if value is None), None)
     if bad is not None:
         raise TableError(
-            f"{text.path}, line {text.lines[bad]}, column {name!r}: {words[bad]!r} is no number, other rows hold numbers; "
+            f"{text.path}, line {text.lines[bad]}, column {name!r}: {words[bad]!r} is no number, others are; "
             f"correct it, or name the column: categorical=({name!r},)"
         )
     array = np.array(values, dtype=np.float64)
