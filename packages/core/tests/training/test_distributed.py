@@ -35,6 +35,7 @@ class Remember(nn.Module):
 
     def setup(self, model, n_samples, n_classes):
         self.memory, self.queue = PerSample(n_samples), FeatureQueue(n_classes, 7)
+        self.register_buffer("teacher", model[0].weight.detach().clone())  # of rank 0's weights, as the model
 
     def forward(self, model, batch):
         with torch.no_grad():

@@ -250,6 +250,7 @@ class _Run:
     def _begin(self) -> None:
         found = None if self.checkpoints is None else self.checkpoints.newest()
         if found is None:
+            self._same_start()  # first: an objective may copy the model when it is set up
             self._enter(0)
             self._same_start()
             return
