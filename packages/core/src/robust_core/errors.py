@@ -6,6 +6,7 @@ import importlib
 from types import ModuleType
 
 __all__ = [
+    "BudgetExceededError",
     "CertificationError",
     "CheckpointError",
     "DataMissingError",
@@ -42,6 +43,10 @@ class CheckpointError(RobustError):
 
 class TrainingError(RobustError):
     """Training cannot go on: the loss is NaN or infinite, at the step that the message names."""
+
+
+class BudgetExceededError(RobustError):
+    """What was allowed (queries, calls) is spent. Raised before anything was changed: ``fit`` keeps a checkpoint."""
 
 
 class UntrustedFileError(RobustError):

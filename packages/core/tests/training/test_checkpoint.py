@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from robust_core.errors import CheckpointError, RobustError
+from robust_core.errors import BudgetExceededError, CheckpointError, RobustError
+from robust_core.models import fingerprint
 from robust_core.testing.faults import failing, hostile_files, tiny_run
-from robust_core.training import Stage, Standard
+from robust_core.training import Stage, Standard, fit
 from robust_core.training.checkpoint import Checkpoints, read_checkpoint
 from robust_core.training.state import flatten, unflatten
 
@@ -39,6 +41,37 @@ def test_a_run_stopped_anywhere_goes_on_with_the_same_bits(tmp_path: Path, wante
     assert tiny_run(tmp_path, epochs=2, log=records.append, log_every=3) == wanted
     assert records or step == 10
     assert tiny_run(tmp_path, epochs=2) == wanted  # a finished run is not trained again
+
+
+class _Budgeted(Standard):
+    """Raises at one step, before it changes anything."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.last = last
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        if batch["step"] == self.last:
+            raise BudgetExceededError(f"step {self.last} is not paid for")
+        return super().forward(model, batch)
+
+
+def test_a_run_whose_budget_is_spent_goes_on_once_there_is_more(tmp_path: Path) -> None:
+    x = torch.rand(24, 4, generator=torch.Generator().manual_seed(0))
+
+    def run(folder: str, last: int) -> str:
+        model = nn.Linear(4, 2)
+        with torch.no_grad():
+            model.weight.copy_(x[:2])
+            model.bias.zero_()
+        fit(model, (x, (x.sum(1) > 2).long()), _Budgeted(last), epochs=2, batch_size=6, checkpoint=tmp_path / folder)
+        return fingerprint(model)
+
+    wanted = run("whole", -1)
+    with pytest.raises(BudgetExceededError, match="step 5"):
+        run("cut", 5)
+    assert [path.name for path in (tmp_path / "cut").iterdir() if path.name.endswith("5")]
+    assert run("cut", -1) == wanted
 
 
 def test_the_log_of_a_resumed_run_is_that_of_an_unbroken_one(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from robust_core.checks import check_count
 from robust_core.data.views import Views
-from robust_core.errors import CheckpointError, TrainingError
+from robust_core.errors import BudgetExceededError, CheckpointError, TrainingError
 from robust_core.models import model_device, predict_logits
 from robust_core.random import Seed, borrowed_generators, derive, resolve_seed, seed_generators
 from robust_core.training.batches import (
@@ -123,6 +123,7 @@ def fit(
         TypeError, ValueError: arguments that do not fit.
         TrainingError: the loss became NaN or infinite; the message names step and parts.
         CheckpointError: a checkpoint is damaged, of another run, or cannot be written.
+        BudgetExceededError: an objective has spent what it was allowed; a checkpoint holds all steps before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -326,7 +327,12 @@ class _Run:
             device=self.device,
         )
         for batch in batches:
-            loss = self._step(batch)
+            try:
+                loss = self._step(batch)
+            except BudgetExceededError:  # raised before the step changed anything
+                if world() == 1:
+                    self._save()
+                raise
             state.batch += 1
             done = state.batch == self.per_epoch
             if done:
