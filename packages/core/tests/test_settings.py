@@ -23,6 +23,7 @@ class Settings:
 @dataclass(frozen=True)
 class Needs:
     name: str
+    size: int = 2
 
 
 @pytest.mark.quick
@@ -33,7 +34,7 @@ def test_words_become_values_of_the_declared_types() -> None:
     assert parse_settings(Settings, ["limit=none"]).limit is None
     assert parse_settings(NoSettings, []) == NoSettings()
     assert ("norm", "l2 | linf", "l2") in describe_settings(Settings)
-    assert describe_settings(Needs) == [("name", "str", "needed")]
+    assert describe_settings(Needs) == [("name", "str", "needed"), ("size", "int", "2")]
 
 
 @pytest.mark.parametrize(

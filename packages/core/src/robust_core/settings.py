@@ -59,8 +59,8 @@ def describe_settings(kind: type[Any]) -> list[tuple[str, str, str]]:
     hints = typing.get_type_hints(kind)
     rows = []
     for f in fields(kind):
-        default = "needed" if f.default is MISSING and f.default_factory is MISSING else str(getattr(kind(), f.name))
-        rows.append((f.name, _named(hints[f.name]), default))
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        rows.append((f.name, _named(hints[f.name]), "needed" if default is MISSING else str(default)))
     return rows
 
 

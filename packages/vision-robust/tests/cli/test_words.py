@@ -60,14 +60,14 @@ def test_what_is_not_on_the_disk_is_named(tmp_path: Path) -> None:
     for arguments in (
         {"model": "absent_module:net"},
         {"model": str(tmp_path / "absent.pt2")},
-        {"model": f"mixed:{tmp_path}"},
+        {"model": f"saved:{tmp_path}"},
         {"data": str(tmp_path / "absent.npz")},
         {"weights": tmp_path / "absent.safetensors"},
         {"weights": tmp_path},
         {"out": taken},
         {"out": taken / "below"},
     ):
-        with pytest.raises(ResourceError, match=r"no such file|no module|no mixed\.json|is a file"):
+        with pytest.raises(ResourceError, match=r"no such file|no module|no model\.json|is a file"):
             words.check(**arguments)  # pyright: ignore[reportArgumentType]
     words.check(model="torchvision:resnet18", data="digits", out=tmp_path / "new" / "folder", eps="8/255", norm="linf")
 
@@ -90,14 +90,16 @@ def test_a_typing_error_costs_no_import_of_torch(tmp_path: Path) -> None:
 def test_the_words_are_those_that_the_verbs_know() -> None:
     from robust_core.attacks.autoattack import VERSIONS
     from robust_core.data.sources import SPLITS
-    from robust_core.threats import parse_threat
-    from vision_robust.cli.harden import _objective
+    from vision_robust import recipes
     from vision_robust.models import load_model
 
     assert words.VERSIONS == VERSIONS
     assert words.SPLITS == SPLITS
-    for method in words.OBJECTIVES:
-        _objective(method, parse_threat("linf", "8/255"), 0.25)
+    for name, entry in recipes.RECIPES.items():
+        recipe = recipes.find(name)
+        parts = {"harden": recipe.harden, "certify": recipe.certifier, "explain": recipe.explain}
+        assert {verb for verb, part in parts.items() if part is not None} == set(entry.verbs)
+        assert recipe.slug == name
     for scheme in words.SCHEMES:
         with pytest.raises((ValueError, ResourceError, FileNotFoundError)) as caught:
             load_model(f"{scheme}:no-such-name")

@@ -8,11 +8,11 @@ import torchvision
 from torch import nn
 
 from robust_core.errors import UntrustedFileError
-from robust_core.io import save_tensors, write_json
+from robust_core.io import read_json, save_tensors, write_json
 from robust_core.models import Normalize
 from vision_robust.inference.adaptive_smoothing import MixedClassifier
 from vision_robust.models import SmallCNN, load_model, resnet18_32
-from vision_robust.models.saved import load_mixed, save_mixed
+from vision_robust.models.saved import load_saved, save_model
 
 
 def save(model: nn.Module, path: Path) -> Path:
@@ -59,43 +59,46 @@ def test_timm_with_local_weights(tmp_path: Path) -> None:
         load_model("timm:resnot10", weights=tmp_path / "w.safetensors")
 
 
-def test_a_mixture_is_a_folder(tmp_path: Path) -> None:
-    words, x = "bundled:small-cnn@1x8x8", torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+MIXTURE = {
+    "accurate": "bundled:small-cnn@1x8x8",
+    "robust": "bundled:small-cnn@1x8x8",
+    "n_classes": 3,
+    "mixing_weight": 0.8,
+    "accurate_scale": 1.0,
+    "robust_scale": 0.5,
+}
+
+
+def test_a_compound_model_is_a_folder(tmp_path: Path) -> None:
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     bases = [SmallCNN(3, (1, 8, 8), generator=seed).eval() for seed in (0, 1)]
-    files = [save(net, tmp_path / f"{i}.safetensors") for i, net in enumerate(bases)]
     mixed = MixedClassifier(*bases, mixing_weight=0.8, robust_scale=0.5).eval()
-    (tmp_path / "mixed").mkdir()
-    save_mixed(tmp_path / "mixed", mixed, [(words, path) for path in files])
-    for path in files:
-        path.unlink()  # the folder stands alone
-    loaded = load_model(f"mixed:{tmp_path / 'mixed'}")
+    save_model(tmp_path / "mixed", "adaptive-smoothing", MIXTURE, mixed)
+    loaded = load_model(f"saved:{tmp_path / 'mixed'}")
     torch.testing.assert_close(loaded(x), mixed(x))
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"mixing_weight": 1.5}, {"schema": "other"}, {"extra": 1}, {"accurate": {"model": "bundled:small-cnn@1x8x8"}},
-     {"accurate": {"model": "mixed:.", "weights": None}},
-     {"robust": {"model": "bundled:small-cnn@1x8x8", "weights": "../w"}}],
-)  # fmt: skip
-def test_a_forged_mixture_is_refused(tmp_path: Path, change: dict) -> None:
-    net = SmallCNN(3, (1, 8, 8), generator=0)
-    save(net, tmp_path / "accurate.safetensors")
-    save(net, tmp_path / "robust.safetensors")
-    entry = {"model": "bundled:small-cnn@1x8x8"}
-    document = {
-        "schema": "robust.mixed/1",
-        "accurate": {**entry, "weights": "accurate.safetensors"},
-        "robust": {**entry, "weights": "robust.safetensors"},
-        "mixing_weight": 0.8,
-        "accurate_scale": 1.0,
-        "robust_scale": 1.0,
-    }
-    write_json(tmp_path / "mixed.json", document)
-    assert isinstance(load_mixed(str(tmp_path)), MixedClassifier)
-    write_json(tmp_path / "mixed.json", {**document, **change})
+    [
+        {"schema": "other"},
+        {"method": "trades"},
+        {"method": "nothing"},
+        {"extra": 1},
+        {"config": [1]},
+        {"config": {**MIXTURE, "mixing_weight": 1.5}},
+        {"config": {**MIXTURE, "n_classes": 4}},
+        {"config": {"accurate": "bundled:small-cnn@1x8x8"}},
+        {"config": {**MIXTURE, "robust": "bundled:nothing"}},
+    ],
+)
+def test_a_forged_compound_is_refused(tmp_path: Path, change: dict) -> None:
+    mixed = MixedClassifier(*(SmallCNN(3, (1, 8, 8), generator=seed) for seed in (0, 1)), mixing_weight=0.8)
+    save_model(tmp_path, "adaptive-smoothing", MIXTURE, mixed)
+    document = read_json(tmp_path / "model.json")
+    write_json(tmp_path / "model.json", {**document, **change})
     with pytest.raises((ValueError, UntrustedFileError)):
-        load_mixed(str(tmp_path))
+        load_saved(tmp_path)
 
 
 @pytest.mark.parametrize(

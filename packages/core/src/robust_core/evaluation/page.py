@@ -62,7 +62,7 @@ def _template() -> Template:
 def render(report: Report, beside: Sequence[Report] = ()) -> str:
     """Return the page of ``report``, with a section that shows it beside other reports."""
     document = report.document
-    sections = [_BUILDERS.get(part["kind"], build.other)(report, part) for part in report.parts()]
+    sections = _sections(report)
     if beside:
         sections.insert(0, build.beside(report, beside))
     comparisons = build.invariant(report)
@@ -80,6 +80,20 @@ def render(report: Report, beside: Sequence[Report] = ()) -> str:
         settings=_settings(report),
         all_figures=_all_figures(report),
     )
+
+
+def _sections(report: Report) -> list[Section]:
+    """One for each part; several certificates share theirs, where the first of them would stand."""
+    kinds = [part["kind"] for part in report.parts()]
+    together = kinds.count("certified") > 1 or "not-certified" in kinds
+    sections, shown = [], False
+    for part in report.parts():
+        if together and part["kind"] in ("certified", "not-certified"):
+            sections += [] if shown else [build.guarantees(report)]
+            shown = True
+        else:
+            sections.append(_BUILDERS.get(part["kind"], build.other)(report, part))
+    return sections
 
 
 def _cards(report: Report) -> list[Card]:

@@ -27,6 +27,7 @@ from robust_core.evaluation.metrics.shift import Baseline
 
 __all__ = [
     "certified_curve_plot",
+    "certified_curves_plot",
     "corruption_heat_map",
     "per_class_plot",
     "png_data_url",
@@ -128,7 +129,14 @@ def security_curve_plot(
     return figure
 
 
-_SERIES = ((ACCENT, "o", "-"), (WARM, "s", "--"), (COOL, "D", "-."), (MUTED, "^", ":"))
+_SERIES = (
+    (ACCENT, "o", "-"),
+    (WARM, "s", "--"),
+    (COOL, "D", "-."),
+    (MUTED, "^", ":"),
+    (WARM, "v", "-"),
+    (COOL, "P", ":"),
+)
 
 
 def security_curves_plot(curves: Sequence[tuple[str, Sequence[float], Sequence[Estimate]]], *, unit: str) -> Figure:
@@ -210,6 +218,22 @@ def certified_curve_plot(
     axes.set_xlim(-0.02 * end, end)
     axes.set_xlabel(unit)
     axes.set_ylabel("accuracy")
+    _legend(axes, loc="upper right")
+    return figure
+
+
+def certified_curves_plot(curves: Sequence[tuple[str, np.ndarray, np.ndarray]], *, unit: str) -> Figure:
+    """Plot the certified accuracy of several certifiers: (name, (K,) ascending levels, (K,) accuracy at each)."""
+    figure, axes = _canvas()
+    end = max(float(radius[-1]) for _, radius, _ in curves) * 1.05 or 1.0
+    for number, (name, radius, accuracy) in enumerate(curves):
+        colour, _, style = _SERIES[number % len(_SERIES)]
+        r, a = np.append(radius, end), np.append(accuracy, 0.0)
+        axes.step(r, a, where="pre", color=colour, linestyle=style, linewidth=1.6, label=name[:44])
+    _percent(axes)
+    axes.set_xlim(-0.02 * end, end)
+    axes.set_xlabel(unit)
+    axes.set_ylabel("certified accuracy")
     _legend(axes, loc="upper right")
     return figure
 

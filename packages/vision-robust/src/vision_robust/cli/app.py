@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from robust_core.cli import console
-from vision_robust.cli.words import check
+from vision_robust.cli.words import CERTIFIERS, check
+from vision_robust.recipes import methods_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +24,7 @@ __all__ = ["app"]
 app = typer.Typer(no_args_is_help=True, help="Attack, certify, evaluate and harden your own image classifier.")
 
 MODEL_HELP = (
-    "torchvision:NAME, timm:NAME, package.module:factory, bundled:small-cnn@CxHxW, mixed:FOLDER or an exported .pt2; "
+    "torchvision:NAME, timm:NAME, package.module:factory, bundled:small-cnn@CxHxW, saved:FOLDER or an exported .pt2; "
     "inputs are images in [0, 1]."
 )
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
@@ -47,6 +48,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs in one pass; results do not depend on it.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for result.json, per_sample.npz, report.html.")]
 Resume = Annotated[Path | None, typer.Option(help="Folder for finished batches: the same command goes on from there.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method's own; `robust vision settings METHOD`."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
 
@@ -123,8 +128,9 @@ def certify(
     model: Model,
     data: Data = "digits",
     method: Annotated[
-        str, typer.Option(help="smoothing, interval, crown, crown-ibp, alpha-crown or lipschitz.")
+        str, typer.Option(help=f"{', '.join((*CERTIFIERS, *methods_of('certify')))} or all.")
     ] = "smoothing",
+    own: Set = None,
     weights: Weights = None,
     normalise: Normalise = None,
     split: Split = None,
@@ -136,6 +142,9 @@ def certify(
     sigma: Annotated[float, typer.Option(help="Smoothing: standard deviation of the noise, image in [0, 1].")] = 0.25,
     n_samples: Annotated[int, typer.Option(min=1, help="Smoothing: noisy samples for each input.")] = 10_000,
     alpha: Annotated[float, typer.Option(help="Smoothing: failure probability of each certificate.")] = 0.001,
+    time_limit: Annotated[
+        float | None, typer.Option(help="all: seconds for each batch and certifier; the rest counts as timeout.")
+    ] = 60.0,
     seed: Seed = 0,
     device: Device = "auto",
     batch_size: BatchSize = 256,
@@ -143,20 +152,27 @@ def certify(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Prove what no attack can do: certified accuracy against radius, for the function that is named."""
+    """Prove what no attack can do: certified accuracy against radius, for the function that is named.
+
+    With --method all, every certifier that can speak of the model stands on one page, one panel for each norm.
+    """
     check(
         data=data, root=root, weights=weights, split=split, model=model, out=out,
         norm=norm, eps=eps, certifier=method, positive={"sigma": sigma}, shares={"alpha": alpha},
     )  # fmt: skip
-    from robust_core.evaluation import Certified, Clean
-    from vision_robust.cli.setting import certifier, prepare
+    from robust_core.evaluation import Clean
+    from robust_core.threats import parse_threat
+    from vision_robust.cli.certify import certified_parts
+    from vision_robust.cli.setting import prepare
+    from vision_robust.recipes.base import Proof
 
     where = {"split": split, "root": root, "size": size, "n": n}
     setting = prepare(
         model, data, weights=weights, normalise=normalise, **where, seed=seed, device=device, batch_size=batch_size
     )
-    chosen = certifier(method, setting, norm=norm, eps=eps, sigma=sigma, n_samples=n_samples, alpha=alpha)
-    _measure(setting, [Clean(), Certified(chosen)], resume=resume, out=out, json=json)
+    proof = Proof(parse_threat(norm, eps), sigma, n_samples, alpha)
+    parts = certified_parts(method, setting, proof, own or (), time_limit=time_limit)
+    _measure(setting, [Clean(), *parts], resume=resume, out=out, json=json)
 
 
 @app.command()
@@ -207,12 +223,9 @@ def evaluate(
 @app.command()
 def harden(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for weights, checkpoints, log and result.json.")],
-    method: Annotated[
-        str, typer.Option(help="adversarial-training, trades, comp-sum, gaussian-training or adaptive-smoothing.")
-    ] = "adversarial-training",
+    method: Annotated[str, typer.Option(help=f"{', '.join(methods_of('harden'))}.")] = "adversarial-training",
+    own: Set = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP)] = None,
-    accurate: Annotated[str | None, typer.Option(help="adaptive-smoothing: accurate SPEC[@WEIGHTS].")] = None,
-    robust: Annotated[str | None, typer.Option(help="adaptive-smoothing: robust SPEC[@WEIGHTS].")] = None,
     data: Data = "digits",
     weights: Weights = None,
     root: Root = None,
@@ -220,11 +233,12 @@ def harden(
     n: N = None,
     norm: Norm = "linf",
     eps: Eps = "8/255",
-    sigma: Annotated[float, typer.Option(help="gaussian-training: standard deviation of the noise.")] = 0.25,
+    sigma: Annotated[float, typer.Option(help="Methods that smooth: standard deviation of the noise.")] = 0.25,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 20,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, with a cosine schedule.")] = 1e-3,
+    learning_rate: Annotated[
+        float, typer.Option(help="Of AdamW, with a cosine schedule, unless the method says else.")
+    ] = 1e-3,
     precision: Annotated[str, typer.Option(help="float32, bf16 or fp16.")] = "float32",
-    max_robust_drop: Annotated[float, typer.Option(help="adaptive-smoothing: robust accuracy to give up.")] = 0.02,
     seed: Seed = 0,
     device: Device = "auto",
     batch_size: BatchSize = 128,
@@ -235,23 +249,84 @@ def harden(
         data=data, root=root, weights=weights, model=model, out=out, norm=norm, eps=eps, objective=method,
         precision=precision, positive={"sigma": sigma, "learning-rate": learning_rate},
     )  # fmt: skip
-    from vision_robust.cli import harden as verbs
+    from vision_robust.cli import harden as verb
 
-    settings = verbs.HardenSettings(
-        out=out, data=data, root=root, size=size, n=n, norm=norm, eps=eps, sigma=sigma, epochs=epochs,
-        learning_rate=learning_rate, precision=precision, seed=seed, device=device, batch_size=batch_size,
-        command=_command(),
+    settings = verb.HardenSettings(
+        out=out, model=model, weights=weights, data=data, root=root, size=size, n=n, norm=norm, eps=eps, sigma=sigma,
+        epochs=epochs, learning_rate=learning_rate, precision=precision, seed=seed, device=device,
+        batch_size=batch_size, command=_command(),
     )  # fmt: skip
     with console.progress() as report:
-        if method == "adaptive-smoothing":
-            result = verbs.mix(settings, accurate, robust, max_robust_drop=max_robust_drop, on_step=report)
-        else:
-            result = verbs.train(settings, method, model, weights, on_step=report)
+        result = verb.harden(settings, method, own or (), on_step=report)
     if json:
         console.emit_json(result)
     else:
         console.figures_table(result["figures"], title=f"{method}: {out}")
         console.info(f"use it: robust vision evaluate --model {result['model']}")
+
+
+@app.command()
+def explain(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for tables, plots and result.json.")],
+    method: Annotated[str, typer.Option(help=f"{', '.join(methods_of('explain'))}.")],
+    own: Set = None,
+    target: Annotated[
+        int | None, typer.Option(min=0, help="The class that is wished for, where a method asks.")
+    ] = None,
+    data: Data = "digits",
+    weights: Weights = None,
+    normalise: Normalise = None,
+    split: Split = None,
+    root: Root = None,
+    size: Size = None,
+    n: N = 16,
+    seed: Seed = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Say why the model decides as it does, with a promise where there is one."""
+    check(data=data, root=root, weights=weights, split=split, model=model, out=out, explainer=method)
+    from vision_robust.cli.explain import explain as tell
+    from vision_robust.cli.setting import load_data, prepare
+
+    where = {"root": root, "size": size}
+    setting = prepare(
+        model, data, weights=weights, normalise=normalise, split=split, **where, n=n, seed=seed, device=device,
+        batch_size=256,
+    )  # fmt: skip
+    train = load_data(data, split=None, part="train", n=None, **where)
+    with console.progress() as report:
+        result = tell(method, setting, train, own or (), target=target, out=out, command=_command(), on_step=report)
+    if json:
+        console.emit_json(result)
+    else:
+        console.figures_table(result["figures"], title=f"{method}: {setting.name}")
+        console.info(f"tables and plots: {out}")
+
+
+@app.command()
+def settings(
+    method: Annotated[str, typer.Argument(help="A method of harden, certify or explain.")], json: Json = False
+) -> None:
+    """List the settings of a method's own, for --set, with types and defaults."""
+    from robust_core.settings import describe_settings
+    from vision_robust.recipes import find
+
+    recipe = find(method)
+    kinds = {"harden": recipe.settings, "certify": recipe.certify_settings, "explain": recipe.explain_settings}
+    rows = [
+        {"verb": verb, "name": name, "type": hint, "default": default}
+        for verb, kind in kinds.items()
+        for name, hint, default in describe_settings(kind)
+    ]
+    if json:
+        console.emit_json({"schema": "robust.settings/1", "method": method, "settings": rows})
+        return
+    for row in rows or [{"verb": method, "name": "no settings of its own", "type": "", "default": ""}]:
+        sys.stdout.write(
+            "  ".join((f"{row['verb']:<8}", f"{row['name']:<24}", f"{row['type']:<24}", row["default"])) + "\n"
+        )
 
 
 @app.command()

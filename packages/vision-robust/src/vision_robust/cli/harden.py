@@ -1,37 +1,29 @@
-"""``robust vision harden``: training objectives of core on the user's model, and adaptive smoothing of two models."""
+"""``robust vision harden``: any method that trains, on the user's own model and data."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from robust_core.attacks import PGD
 from robust_core.claim import versions
 from robust_core.data import Dataset
 from robust_core.device import choose_device
-from robust_core.evaluation import Adversarial as AdversarialPart
-from robust_core.evaluation import Clean, evaluate
+from robust_core.evaluation import Adversarial, Clean, evaluate
 from robust_core.io import save_tensors, write_json
-from robust_core.losses import SmoothAdvCompSumLoss
 from robust_core.models import fingerprint
-from robust_core.threats import Threat, parse_threat
-from robust_core.training import Adversarial, FastPGD, GaussianNoise, Trades, cosine, fit, scheduled
+from robust_core.settings import parse_settings
+from robust_core.threats import parse_threat
+from vision_robust import recipes
 from vision_robust.cli.setting import load_data
-from vision_robust.inference.adaptive_smoothing import MixedClassifier, select_mixing_weight, tradeoff_curve
 from vision_robust.models import load_model
-from vision_robust.models.networks import SmallCNN, resnet18_32
-from vision_robust.models.saved import save_mixed
+from vision_robust.models.saved import WEIGHTS, save_model
+from vision_robust.recipes.base import Job, OnStep, Recipe, Trained
 
-__all__ = ["HardenSettings", "mix", "train"]
+__all__ = ["HardenSettings", "harden"]
 
-OnStep = Callable[[str, int, int], None]
 SCHEMA = "robust.harden/1"
 
 
@@ -40,6 +32,8 @@ class HardenSettings:
     """The options that every hardening method shares; see ``robust vision harden --help``."""
 
     out: Path
+    model: str | None
+    weights: Path | None
     data: str
     root: Path | None
     size: int | None
@@ -56,132 +50,95 @@ class HardenSettings:
     command: str
 
 
-def _objective(method: str, threat: Threat, sigma: float) -> nn.Module:
-    attack = FastPGD(threat, n_iter=10)
-    builders: dict[str, Callable[[], nn.Module]] = {
-        "adversarial-training": lambda: Adversarial(attack),
-        "trades": lambda: Trades(attack, beta=6.0),
-        "comp-sum": lambda: SmoothAdvCompSumLoss(attack, nu=0.3),
-        "gaussian-training": lambda: GaussianNoise(sigma),
-    }
-    if method not in builders:
-        raise ValueError(f"--method {method!r}: choose {', '.join(builders)} or adaptive-smoothing")
-    return builders[method]()
+def harden(settings: HardenSettings, method: str, words: Sequence[str], *, on_step: OnStep) -> dict[str, Any]:
+    """Train, save, measure on the test split, and return ``result.json``.
 
+    Args:
+        settings: the shared options.
+        method: slug of a recipe.
+        words: ``name=value`` of the method's own settings.
+        on_step: progress.
 
-def _network(
-    words: str | None, weights: Path | None, data: Dataset, seed: int, device: torch.device
-) -> tuple[nn.Module, str]:
-    """The user's model to train; without words a small one of our own, as large as the images ask for."""
-    if words is not None:
-        return load_model(words, weights=weights, device=device), words
-    channels, height, width = data.batch(range(1))["x"].shape[1:]
-    if height == 32:
-        network, name = resnet18_32(data.n_classes, channels=channels, generator=seed), "resnet18-32"
-    else:
-        network, name = SmallCNN(data.n_classes, (channels, height, width), generator=seed), "small-cnn"
-    return network.to(device), f"bundled:{name}@{channels}x{height}x{width}"
-
-
-def train(
-    settings: HardenSettings, method: str, model: str | None, weights: Path | None, *, on_step: OnStep
-) -> dict[str, Any]:
-    """Train with one of core's objectives, then measure on the test split.
-
-    Writes ``weights.safetensors``, ``result.json``, ``log.jsonl`` and checkpoints into ``settings.out``.
+    Raises:
+        ValueError: a method that does not train, or a setting that it does not have.
     """
-    started, device = time.perf_counter(), choose_device(settings.device)
-    threat = parse_threat(settings.norm, settings.eps)
-    objective = _objective(method, threat, settings.sigma)
-    where = {"root": settings.root, "size": settings.size}
-    data = load_data(settings.data, split=None, part="train", n=settings.n, **where)
-    network, words = _network(model, weights, data, settings.seed, device)
+    started, recipe = time.perf_counter(), recipes.find(method)
+    if recipe.harden is None:
+        raise ValueError(f"--method {method!r} trains nothing; choose one of {', '.join(recipes.methods_of('harden'))}")
+    own = parse_settings(recipe.settings, words)
+    load = _loader(settings, recipe)
+    job = _job(settings, load, on_step)
     settings.out.mkdir(parents=True, exist_ok=True)
-    steps = settings.epochs * -(-len(data) // settings.batch_size)
+    trained = recipe.harden(job, own)
+    name = _save(settings.out, method, trained)
+    return _measure(settings, method, trained, name, load, started, on_step)
 
-    def report(state: Any, loss: Any) -> None:
-        on_step(f"{method}: steps", state.step, steps)
 
-    fit(
-        network,
-        data,
-        objective,
+def _loader(settings: HardenSettings, recipe: Recipe) -> Callable[[str, int | None], Dataset]:
+    def load(part: str, n: int | None) -> Dataset:
+        if recipe.load is not None:
+            return recipe.load(settings.data, part, n)
+        return load_data(settings.data, split=None, part=part, root=settings.root, size=settings.size, n=n)
+
+    return load
+
+
+def _job(settings: HardenSettings, load: Callable[[str, int | None], Dataset], on_step: OnStep) -> Job:
+    device = choose_device(settings.device)
+    model = None if settings.model is None else load_model(settings.model, weights=settings.weights, device=device)
+    return Job(
+        model=model,
+        words=settings.model,
+        weights=settings.weights,
+        train=load("train", settings.n),
+        threat=parse_threat(settings.norm, settings.eps),
+        sigma=settings.sigma,
         epochs=settings.epochs,
-        optimiser=partial(torch.optim.AdamW, lr=settings.learning_rate, weight_decay=5e-4),
-        schedule=scheduled(cosine()),
+        learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
-        generator=settings.seed,
         precision=settings.precision,
-        checkpoint=settings.out / "checkpoints",
-        log=settings.out / "log.jsonl",
-        on_step=report,
+        seed=settings.seed,
+        device=device,
+        out=settings.out,
+        load=load,
+        on_step=on_step,
     )
-    network.eval()
-    path = settings.out / "weights.safetensors"
-    save_tensors(path, network.state_dict())
-    return _finish(settings, method, threat, network, f"{words} --weights {path}", started, on_step)
 
 
-def _load(words: str | None, option: str, device: torch.device) -> tuple[nn.Module, str, Path | None]:
-    if words is None:
-        raise ValueError(f"--{option}: adaptive-smoothing mixes two models; give SPEC or SPEC@WEIGHTS")
-    spec, _, weights = words.rpartition("@") if words.endswith((".safetensors", ".pt")) else (words, "", "")
-    path = Path(weights) if weights else None
-    return load_model(spec, weights=path, device=device), spec, path
+def _save(out: Path, method: str, trained: Trained) -> str:
+    """Write the model and return the words of the command line that load it."""
+    if trained.config is not None:
+        # what restore() finds in files of its own, such as the models of a mixture, is not written twice
+        save_model(out, method, trained.config, trained.model)
+        return f"saved:{out}"
+    save_tensors(out / WEIGHTS, trained.model.state_dict())
+    return f"{trained.words} --weights {out / WEIGHTS}"
 
 
-def mix(
-    settings: HardenSettings, accurate: str | None, robust: str | None, *, max_robust_drop: float, on_step: OnStep
-) -> dict[str, Any]:
-    """Choose the constant weight on held-out training data, save the mixture, and measure on the test split."""
-    started, device = time.perf_counter(), choose_device(settings.device)
-    threat = parse_threat(settings.norm, settings.eps)
-    bases = [_load(accurate, "accurate", device), _load(robust, "robust", device)]
-    where = {"root": settings.root, "size": settings.size}
-    held_out = load_data(settings.data, split=None, part="train", n=settings.n or 1000, **where)
-    batch = held_out.batch(range(len(held_out)))
-    attacks = [PGD(threat, n_iter=20, loss="margin"), PGD(threat, n_iter=20)]
-    curve = tradeoff_curve(
-        bases[0][0],
-        bases[1][0],
-        (batch["x"].to(device), batch["y"].to(device)),
-        attacks=attacks,
-        generator=settings.seed,
-        on_step=lambda done, total: on_step("adaptive smoothing: weights tried", done, total),
-    )
-    chosen = select_mixing_weight(curve, max_robust_drop=max_robust_drop)
-    mixed = MixedClassifier(bases[0][0], bases[1][0], mixing_weight=chosen.mixing_weight).eval()
-    settings.out.mkdir(parents=True, exist_ok=True)
-    save_mixed(settings.out, mixed, [(spec, weights) for _, spec, weights in bases])
-    details = {"curve": [vars(point) for point in curve], "chosen": vars(chosen), "held_out": len(held_out)}
-    words = f"mixed:{settings.out}"
-    return _finish(settings, "adaptive-smoothing", threat, mixed, words, started, on_step, details=details)
-
-
-def _finish(
+def _measure(
     settings: HardenSettings,
     method: str,
-    threat: Threat,
-    network: nn.Module,
-    words: str,
+    trained: Trained,
+    name: str,
+    load: Callable[[str, int | None], Dataset],
     started: float,
     on_step: OnStep,
-    *,
-    details: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure quickly (marked as such), write ``result.json`` and return it."""
-    test = load_data(
-        settings.data, split=None, part="test", root=settings.root, size=settings.size, n=settings.n or 500
-    )
-    parts = [Clean(), AdversarialPart(threat, version="fast")]
+    test = load("test", settings.n or 500)
+    quick = [Clean(), Adversarial(parse_threat(settings.norm, settings.eps), version="fast")]
     report = evaluate(
-        network, test, parts, generator=settings.seed, device=choose_device(settings.device), on_step=on_step
+        trained.model,
+        test,
+        quick if trained.parts is None else trained.parts,
+        generator=settings.seed,
+        device=choose_device(settings.device),
+        on_step=on_step,
     )
     result = {
         "schema": SCHEMA,
         "method": method,
-        "model": words,
-        "model_sha256": fingerprint(network),
+        "model": name,
+        "model_sha256": fingerprint(trained.model),
         "threat": report.document["threat"],
         "data": settings.data,
         "data_sha256": test.sha256,
@@ -193,7 +150,7 @@ def _finish(
         "seconds": round(time.perf_counter() - started, 3),
         "versions": versions(),
         "command": settings.command,
-        **({"details": details} if details else {}),
+        **({"details": dict(trained.details)} if trained.details else {}),
     }
     write_json(settings.out / "result.json", result)
     return result

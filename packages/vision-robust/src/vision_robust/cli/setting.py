@@ -1,4 +1,4 @@
-"""From the words of the command line to model, data, certifier and parts."""
+"""From the words of the command line to model, data and parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from robust_core.certificates import Crown, IntervalBounds, LipschitzCertifier, Smoothing
+from robust_core.certificates import Smoothing
 from robust_core.data import Dataset, load
 from robust_core.device import choose_device
 from robust_core.errors import DataMissingError, ResourceError
@@ -25,7 +25,7 @@ from robust_core.evaluation import (
 from robust_core.threats import parse_threat
 from vision_robust.models import load_model
 
-__all__ = ["Setting", "certifier", "choose_parts", "load_data", "prepare"]
+__all__ = ["Setting", "choose_parts", "load_data", "prepare"]
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -109,20 +109,6 @@ def parse_normalise(text: str | None) -> tuple[tuple[float, ...], tuple[float, .
     except ValueError:
         raise ValueError(f"--normalise {text!r}: 'imagenet' or MEAN,…/STD,… is needed") from None
     return mean, std
-
-
-def certifier(method: str, setting: Setting, *, norm: str, eps: str, sigma: float, n_samples: int, alpha: float) -> Any:
-    """Return the certifier named ``method`` for the model of ``setting``."""
-    threat = parse_threat(norm, eps)
-    if method == "smoothing":
-        return Smoothing(setting.model, sigma, n_samples=n_samples, alpha=alpha)
-    if method == "interval":
-        return IntervalBounds(setting.model, threat)
-    if method in ("crown", "crown-ibp", "alpha-crown"):
-        return Crown(setting.model, threat, method=method)
-    if method == "lipschitz":
-        return LipschitzCertifier(setting.model, threat.name)
-    raise ValueError(f"--method {method!r}: choose smoothing, interval, crown, crown-ibp, alpha-crown or lipschitz")
 
 
 def choose_parts(

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from robust_core.errors import ResourceError
 from robust_core.words import check_module, check_norm, check_word, parse_eps, parse_spec
+from vision_robust.recipes import methods_of
 
-__all__ = ["CERTIFIERS", "OBJECTIVES", "PARTS", "PRECISIONS", "PROFILES", "SCHEMES", "SPLITS", "VERSIONS", "check"]
+__all__ = ["CERTIFIERS", "PARTS", "PRECISIONS", "PROFILES", "SCHEMES", "SPLITS", "VERSIONS", "check"]
 
-SCHEMES = ("torchvision", "timm", "bundled", "mixed")
+SCHEMES = ("torchvision", "timm", "bundled", "saved")
 CERTIFIERS = ("smoothing", "interval", "crown", "crown-ibp", "alpha-crown", "lipschitz")
-OBJECTIVES = ("adversarial-training", "trades", "comp-sum", "gaussian-training")
 PARTS = ("clean", "calibration", "adversarial", "curve", "corruptions", "certified", "translation")
 VERSIONS = ("standard", "plus", "rand", "fast")
 PROFILES = ("imagenet", "cifar", "small")
@@ -21,13 +21,14 @@ PRECISIONS = ("float32", "bf16", "fp16")
 SPLITS = ("train", "test", "all")
 _CHOICES = {
     "version": VERSIONS,
-    "certifier": CERTIFIERS,
-    "objective": (*OBJECTIVES, "adaptive-smoothing"),
+    "certifier": (*CERTIFIERS, *methods_of("certify"), "all"),
+    "objective": methods_of("harden"),
+    "explainer": methods_of("explain"),
     "profile": PROFILES,
     "precision": PRECISIONS,
     "split": SPLITS,
 }
-_OPTION = {"certifier": "method", "objective": "method"}
+_OPTION = {"certifier": "method", "objective": "method", "explainer": "method"}
 
 
 def check(
@@ -91,8 +92,8 @@ def _check_model(model: str) -> None:
         check_module(model)
     if kind == "pt2" and not Path(model).is_file():
         raise ResourceError(f"--model {model}: no such file")
-    if kind == "mixed" and not (Path(name) / "mixed.json").is_file():
-        raise ResourceError(f"--model {model}: no mixed.json in {name or '.'}/")
+    if kind == "saved" and not (Path(name) / "model.json").is_file():
+        raise ResourceError(f"--model {model}: no model.json in {name or '.'}/")
 
 
 def _check_files(data: str | None, root: Path | None, weights: Path | None, out: Path | None) -> None:

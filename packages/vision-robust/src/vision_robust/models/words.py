@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 from urllib.error import URLError
@@ -15,10 +16,11 @@ from robust_core import loading
 from robust_core.errors import ResourceError, optional_import
 from robust_core.io import load_weights
 from robust_core.models import Normalize
+from robust_core.random import Seed, reseeded, resolve_seed
 from vision_robust.models.networks import SmallCNN, resnet18_32
-from vision_robust.models.saved import load_mixed
+from vision_robust.models.saved import load_saved
 
-__all__ = ["load_model"]
+__all__ = ["build_model", "load_model"]
 
 
 def load_model(
@@ -32,7 +34,8 @@ def load_model(
 
     Args:
         spec: ``torchvision:resnet18``, ``timm:convnext_nano``, ``bundled:small-cnn@1x28x28`` or
-            ``bundled:resnet18-32@3x32x32`` (these two need ``weights``), ``package.module:factory``, or a ``.pt2``.
+            ``bundled:resnet18-32@3x32x32`` (these two need ``weights``), ``saved:FOLDER`` (written by ``robust vision
+            harden``), ``package.module:factory``, or a ``.pt2``.
         weights: safetensors file with the state dict. Without it, ``torchvision:`` and ``timm:`` take the library's
             published weights, which must be in its cache or within reach.
         normalise: (mean, std) to put in front of the network. ``torchvision:`` and ``timm:`` models bring their own.
@@ -42,7 +45,7 @@ def load_model(
         ValueError: a spec of no known form, or weights that do not fit.
         ResourceError: weights, a module or a library that is not there.
     """
-    schemes = {"torchvision": _torchvision, "timm": _timm, "bundled": _bundled, "mixed": _mixed}
+    schemes = {"torchvision": _torchvision, "timm": _timm, "bundled": _bundled, "saved": _saved}
     model = loading.load_model(spec, weights=weights, schemes=schemes, device=device)
     if normalise is None:
         return model
@@ -107,20 +110,55 @@ def _timm(name: str, weights: str | None) -> nn.Module:
 
 
 def _bundled(name: str, weights: str | None) -> nn.Module:
-    match = re.fullmatch(r"(small-cnn|resnet18-32)(?:@(\d+)x(\d+)x(\d+))?", name)
-    if match is None:
-        raise ValueError(f"model 'bundled:{name}': choose small-cnn@CxHxW or resnet18-32@CxHxW")
+    build = _architecture(name)
     if weights is None:
         raise ResourceError(f"model 'bundled:{name}' is an architecture; give its weights with --weights FILE")
-    default = (1, 28, 28) if match[1] == "small-cnn" else (3, 32, 32)
-    shape = default if match[2] is None else (int(match[2]), int(match[3]), int(match[4]))
-    build = partial(SmallCNN, shape=shape) if match[1] == "small-cnn" else partial(resnet18_32, channels=shape[0])
     network = build(_head_size(build(10), weights))
     loading.load_into(network, weights)
     return network
 
 
-def _mixed(name: str, weights: str | None) -> nn.Module:
+def _architecture(name: str) -> Callable[[int], nn.Module]:
+    """Return what makes a bundled network from a number of classes."""
+    match = re.fullmatch(r"(small-cnn|resnet18-32)(?:@(\d+)x(\d+)x(\d+))?", name)
+    if match is None:
+        raise ValueError(f"model 'bundled:{name}': choose small-cnn@CxHxW or resnet18-32@CxHxW")
+    default = (1, 28, 28) if match[1] == "small-cnn" else (3, 32, 32)
+    shape = default if match[2] is None else (int(match[2]), int(match[3]), int(match[4]))
+    return partial(SmallCNN, shape=shape) if match[1] == "small-cnn" else partial(resnet18_32, channels=shape[0])
+
+
+def _saved(name: str, weights: str | None) -> nn.Module:
     if weights is not None:
-        raise ValueError(f"model 'mixed:{name}': the folder holds its weights; leave --weights out")
-    return load_mixed(name)
+        raise ValueError(f"model 'saved:{name}': the folder holds its weights; leave --weights out")
+    return load_saved(name)
+
+
+def build_model(spec: str, n_classes: int, *, generator: Seed = None) -> nn.Module:
+    """Return a fresh network of the architecture that ``spec`` names, for weights that are loaded afterwards.
+
+    Args:
+        spec: as for :func:`load_model`. The architecture of ``saved:`` and ``.pt2`` models lies in their files, which
+            are read; a factory says itself how many classes it has.
+        n_classes: size of the last layer.
+        generator: seed of the initial weights.
+    """
+    kind, _, name = spec.partition(":")
+    if kind == "saved" or spec.endswith(".pt2"):
+        return load_model(spec)
+    with reseeded(resolve_seed(generator)):
+        if kind == "bundled":
+            return _architecture(name)(n_classes)
+        if kind == "torchvision":
+            import torchvision
+
+            published: Any = torchvision.models.get_model_weights(name)["DEFAULT"]
+            transform = published.transforms()
+            network = torchvision.models.get_model(name, weights=None, num_classes=n_classes)
+            return nn.Sequential(Normalize(transform.mean, transform.std), network)
+        if kind == "timm":
+            timm = optional_import("timm", extra="timm", package="vision-robust")
+            network = timm.create_model(name, num_classes=n_classes)
+            settings = timm.data.resolve_model_data_config(network)
+            return nn.Sequential(Normalize(settings["mean"], settings["std"]), network)
+        return loading.load_factory(spec)

@@ -17,7 +17,7 @@ from robust_core.evaluation.metrics.estimate import Estimate, proportion, share
 from robust_core.evaluation.parts.base import Part, Summary
 from robust_core.evaluation.run import Batch, Measured, Run, Table
 
-__all__ = ["Certified"]
+__all__ = ["Certified", "NotCertified"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,33 @@ class Certified(Part):
             )
         if not rigorous:
             notes.append("rounding of the arithmetic is not accounted for: these bounds are not rigorous")
-        data = {**abouts[0], "alpha": alpha, "rigorous": rigorous, "radii": radii}
+        cost: dict[str, float] = {}
+        for info in table.infos:
+            for key, value in info.items():
+                if key not in ("about", "alpha", "rigorous"):
+                    cost[key] = cost.get(key, 0.0) + float(value)
+        data = {**abouts[0], "alpha": alpha, "rigorous": rigorous, "radii": radii, "cost": cost}
         return Summary(n, figures, dict(table.arrays), notes=notes, data=data)
+
+
+@dataclass(frozen=True)
+class NotCertified(Part):
+    """A certifier that has nothing to say of the model: the report lists it with the reason.
+
+    Args:
+        name: of the certifier.
+        why: a sentence.
+        harden_first: command that trains a model of which it can speak, if there is one.
+    """
+
+    kind: ClassVar[str] = "not-certified"
+    name: str
+    why: str
+    harden_first: str = ""
+
+    def run(self, run: Run) -> Summary:
+        """Measure nothing."""
+        return Summary(0, {}, data={"why": self.why, "harden_first": self.harden_first})
 
 
 def _counts(found: Certificate, batch: Batch) -> torch.Tensor:

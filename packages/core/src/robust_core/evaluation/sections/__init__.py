@@ -14,6 +14,7 @@ from robust_core.evaluation.sections.base import (
 )
 from robust_core.evaluation.sections.beside import beside
 from robust_core.evaluation.sections.confidence import calibration
+from robust_core.evaluation.sections.guarantees import guarantees
 
 __all__ = [
     "Section",
@@ -24,6 +25,7 @@ __all__ = [
     "certified",
     "clean",
     "corruptions",
+    "guarantees",
     "interval_text",
     "invariant",
     "number",
