@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from robust_core.random import SampleStreams
-from robust_core.threats import L1, L2, Linf, parse_threat
+from robust_core.threats import L1, L2, Linf, PartialL2, parse_threat
 
 KINDS = [Linf, L2, L1]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -152,3 +152,36 @@ def test_domains_whose_ends_the_dtype_does_not_hold(kind, dtype):
     far = x + (draw((50, 7), 4) * 2 - 1).to(dtype)
     assert threat.contains(threat.project(far, x), x).all()
     assert threat.contains(threat.rescale(x, far - x, fill=True), x).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_partial_threat_moves_its_stretch_as_the_whole_one_would_and_nothing_else(dtype):
+    x, point = draw((6, 2, 5), 0, dtype), draw((6, 2, 5), 1, dtype)
+    part = PartialL2(0.3, start=3, stop=8)
+    alone = L2(0.3)
+    projected = part.project(point, x)
+    torch.testing.assert_close(
+        projected.flatten(1)[:, 3:8], alone.project(point.flatten(1)[:, 3:8], x.flatten(1)[:, 3:8])
+    )
+    streams = SampleStreams(0, torch.arange(6), "start")
+    for moved in (projected, part.random_start(x, streams), part.rescale(x, point - x, fill=True)):
+        assert part.contains(moved, x).all()
+        assert (moved != x).flatten(1)[:, 3:8].any(1).all()
+        assert not (moved != x).flatten(1)[:, :3].any()
+    assert L2(0.3).contains(x + 0, x).all()
+    nudged = x.clone()
+    nudged[:, 1, 4] = x[:, 1, 4] / 2
+    assert not part.contains(nudged, x).any()
+    direction = part.steepest(point.float()).flatten(1)
+    assert not direction[:, 8:].any()
+    torch.testing.assert_close(direction.norm(dim=1), torch.ones(6))
+
+
+def test_a_partial_threat_keeps_its_stretch_and_names_what_does_not_fit():
+    part = PartialL2(0.3, None, 3, 8)
+    assert part.with_eps(0.5) == PartialL2(0.5, None, 3, 8)
+    assert str(part) == "L2(eps=0.3) on elements 3:8"
+    with pytest.raises(ValueError, match="start < stop"):
+        PartialL2(0.3)
+    with pytest.raises(ValueError, match="an input has 4 elements"):
+        part.project(torch.rand(2, 4), torch.rand(2, 4))

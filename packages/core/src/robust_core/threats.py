@@ -22,7 +22,7 @@ from robust_core.checks import check_number
 from robust_core.random import SampleStreams
 from robust_core.words import check_norm, parse_eps
 
-__all__ = ["L1", "L2", "Linf", "Threat", "parse_threat", "row_sums"]
+__all__ = ["L1", "L2", "Linf", "PartialL2", "Threat", "parse_threat", "row_sums"]
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -263,6 +263,60 @@ class L2(Threat):
         tiny = torch.finfo(gradient.dtype).tiny
         scaled = gradient / _column(_flat(gradient).abs().amax(1).clamp(min=tiny), gradient)
         return scaled / _column(self.norm(scaled).clamp(min=tiny), scaled)
+
+
+@dataclass(frozen=True)
+class PartialL2(L2):
+    """Only a stretch of the flattened input may change, by an Euclidean length of at most ``eps``.
+
+    Certificates for L2 hold here too; they may be far from tight.
+
+    Args:
+        start: first element that may change.
+        stop: one more than the last.
+    """
+
+    start: int = 0
+    stop: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"start={self.start}, stop={self.stop}: 0 <= start < stop is needed")
+
+    def __str__(self) -> str:
+        return f"L2(eps={self.eps_text}) on elements {self.start}:{self.stop}"
+
+    def with_eps(self, eps: float) -> PartialL2:  # noqa: D102
+        return type(self)(eps, self.domain, self.start, self.stop)
+
+    def _moving(self, like: Tensor) -> Tensor:
+        """Return (*shape) bool: which elements may change."""
+        size = like[0].numel()
+        if self.stop > size:
+            raise ValueError(f"stop={self.stop}: an input has {size} elements")
+        place = torch.arange(size, device=like.device)
+        return ((place >= self.start) & (place < self.stop)).reshape(like.shape[1:])
+
+    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:  # noqa: D102
+        elsewhere = _flat((x_adv == x) | self._moving(x)).all(1)
+        return super().contains(x_adv, x) & elsewhere
+
+    def rescale(self, x: Tensor, delta: Tensor, *, fill: bool = False) -> Tensor:  # noqa: D102
+        return super().rescale(x, delta * self._moving(x), fill=fill)
+
+    def project(self, x_adv: Tensor, x: Tensor, *, frame: Mapping[str, Tensor] | None = None) -> Tensor:  # noqa: D102
+        return super().project(torch.where(self._moving(x), x_adv, x), x, frame=frame)
+
+    def random_start(self, x: Tensor, streams: SampleStreams, *, draw: int | Tensor = 0) -> Tensor:  # noqa: D102
+        self._moving(x)  # names a stretch that is too long
+        flat = _flat(x)
+        ball = L2(self.eps, self.domain)
+        moved = ball.random_start(flat[:, self.start : self.stop], streams, draw=draw)
+        return torch.cat([flat[:, : self.start], moved, flat[:, self.stop :]], dim=1).reshape(x.shape)
+
+    def steepest(self, gradient: Tensor) -> Tensor:  # noqa: D102
+        return super().steepest(gradient * self._moving(gradient))
 
 
 class L1(Threat):

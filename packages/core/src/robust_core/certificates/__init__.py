@@ -8,6 +8,7 @@ from robust_core.certificates.mixed import (
     mixed_certificate,
     smoothed_lipschitz,
 )
+from robust_core.certificates.parts import PartsCertifier
 from robust_core.certificates.result import ABSTAIN, About, Certificate, Certifier, Status, merge
 from robust_core.certificates.sequential import crossing_boundary, crossing_probability
 from robust_core.certificates.smoothed import SmoothedClassifier, SmoothingState
@@ -39,6 +40,7 @@ __all__ = [
     "Crown",
     "IntervalBounds",
     "LipschitzCertifier",
+    "PartsCertifier",
     "SmoothedClassifier",
     "Smoothing",
     "SmoothingState",

@@ -23,12 +23,13 @@ from __future__ import annotations
 import copy
 import math
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from robust_core.certificates.bounds.backward import Analysis, margin_rows
-from robust_core.certificates.bounds.box import Rounding
+from robust_core.certificates.bounds.box import Box, Rounding
 from robust_core.certificates.bounds.graph import Graph, Node, check_twin, operator_of, refuse_hooks, trace
 from robust_core.certificates.bounds.operators import (
     Activation,
@@ -317,12 +318,11 @@ class LipschitzCertifier:
         with torch.no_grad():
             # Padded, so that a row's bits do not depend on its neighbours.
             more = padded(x).double(), padded(prediction)
-            found = self._radius(graph, constants, *more, rounding)
-            radius, margin, constant = (part[: len(x)] for part in found)
+            radius, details = self._radius(graph, constants, *more, rounding)
+            radius, details = radius[: len(x)], {name: value[: len(x)] for name, value in details.items()}
         status = torch.where((radius > 0) & wanted, int(Status.CERTIFIED), int(Status.UNKNOWN))
         status = torch.where(torch.isnan(radius), int(Status.ERROR), status)
         cost = {"seconds": time.perf_counter() - started, "samples": float(len(x))}
-        details = {"margin": margin, "constant": constant}
         return Certificate(prediction, radius, status, 0.0, True, about, cost, details)
 
     def about(self) -> About:
@@ -335,18 +335,28 @@ class LipschitzCertifier:
 
     def _radius(
         self, graph: Graph, constants: list[float], x: Tensor, y: Tensor, rounding: Rounding
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows, others = margin_rows(y, graph.n_classes, torch.float64)
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return (B,) radii, and the details of the certificate."""
+        pairs = self._pair_constants(graph, constants, margin_rows(y, graph.n_classes, torch.float64)[0])
+        radius, margins = self._radius_of(graph, x, y, pairs, rounding)
+        limit = (margins / pairs.clamp(min=1e-300)).argmin(1, keepdim=True)
+        return radius, {"margin": margins.amin(1), "constant": pairs.gather(1, limit).squeeze(1)}
+
+    def _radius_of(
+        self, graph: Graph, x: Tensor, y: Tensor, pairs: Tensor, rounding: Rounding, moving: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (B,) radii from the constants (B, K - 1) of all pairs, and the margins (B, K - 1) after rounding.
+
+        ``moving`` (*shape) tells which elements of the input change, where not all do.
+        """
+        _, others = margin_rows(y, graph.n_classes, torch.float64)
         logits = graph.evaluate(x)
         margins = logits.gather(1, y[:, None]) - logits.gather(1, others)
-        pairs = self._pair_constants(graph, constants, rows)
         first = margin_radius(margins, pairs)
         # Rounding over the ball of that radius: evaluated at x and at the attacked point, for both logits.
-        error = self._evaluation_error(graph, x, torch.nan_to_num(first), rounding)
+        error = self._evaluation_error(graph, x, torch.nan_to_num(first), rounding, moving)
         margins = margins - 2 * (error.gather(1, y[:, None]) + error.gather(1, others))
-        radius = torch.minimum(first, margin_radius(margins, pairs))
-        limit = (margins / pairs.clamp(min=1e-300)).argmin(1, keepdim=True)
-        return radius, margins.amin(1), pairs.gather(1, limit).squeeze(1)
+        return torch.minimum(first, margin_radius(margins, pairs)), margins
 
     def _pair_constants(self, graph: Graph, constants: list[float], rows: Tensor) -> Tensor:
         """Return (B, K - 1): constants of ``z_y - z_j``."""
@@ -360,10 +370,15 @@ class LipschitzCertifier:
         close = torch.linalg.vector_norm(pulled, ord=dual, dim=2) * constants[last.inputs[0]]
         return torch.minimum(general, close) * SLACK
 
-    def _evaluation_error(self, graph: Graph, x: Tensor, radius: Tensor, rounding: Rounding) -> Tensor:
+    def _evaluation_error(
+        self, graph: Graph, x: Tensor, radius: Tensor, rounding: Rounding, moving: Tensor | None = None
+    ) -> Tensor:
         """Return (B, K): how far evaluated logits can be from real ones, anywhere in the ball."""
         threat = _THREATS[self.norm](1.0, None)
         region = Region.of(threat, x, radius, rounding=rounding)
+        if moving is not None:
+            lower, upper = (torch.where(moving, end, x) for end in (region.box.lower, region.box.upper))
+            region = replace(region, box=Box.ends(lower, upper, outward=True))
         analysis = Analysis.start(graph, region, rounding)
         errors = [torch.zeros_like(x)]
         for position, node in enumerate(graph.nodes[1:], start=1):

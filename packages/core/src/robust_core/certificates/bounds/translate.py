@@ -15,6 +15,7 @@ from robust_core.certificates.bounds.operators import (
     Concat,
     Convolution,
     Dense,
+    Piece,
     Rearrange,
     Rectifier,
     Scale,
@@ -332,6 +333,21 @@ def _pad(site: Site, input: Any, pad: Any, mode: str = "constant", value: float 
     return made, [source]
 
 
+def _narrow(site: Site, input: Any, dim: int, start: int, length: int) -> Made:
+    source = source_of(site, input)
+    dim = dim % (len(source.shape) + 1)
+    start = start + source.shape[dim - 1] if start < 0 and dim else start
+    return _getitem(site, source, (*[slice(None)] * dim, slice(start, start + length)))
+
+
+def _getitem(site: Site, input: Any, index: Any) -> Made:
+    source = source_of(site, input)
+    index = index if isinstance(index, tuple) else (index,)
+    if any(not isinstance(part, slice | int | None) for part in index) or index[0] != slice(None):
+        site.refuse("picks samples of the batch, or elements by more than slices and integers behind a leading ':'")
+    return Piece(site.label, [source.shape], site.shape, index=index), [source]
+
+
 _RULES: dict[str, Callable[..., Made]] = {
     "linear": _linear,
     "conv1d": _convolution(1),
@@ -360,6 +376,8 @@ _RULES: dict[str, Callable[..., Made]] = {
     "div": _div,
     "neg": _neg,
     "cat": _cat,
+    "narrow": _narrow,
+    "getitem": _getitem,
     "pad": _pad,
     "constant_pad_nd": lambda site, input, pad, value=0: _pad(site, input, pad, value=value),
     "permute": _permute,

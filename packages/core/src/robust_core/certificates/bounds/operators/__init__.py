@@ -2,7 +2,7 @@
 
 from robust_core.certificates.bounds.operators.activation import Activation, Rectifier, SShape
 from robust_core.certificates.bounds.operators.affine import Convolution, Dense, Scale, TransposedConvolution
-from robust_core.certificates.bounds.operators.arithmetic import Concat, Rearrange, Sum
+from robust_core.certificates.bounds.operators.arithmetic import Concat, Piece, Rearrange, Sum
 from robust_core.certificates.bounds.operators.base import Affine, Operator, Shape, adjoint, contract
 from robust_core.certificates.bounds.operators.normalisation import BatchNorm
 from robust_core.certificates.bounds.operators.pooling import Average, MaxPool
@@ -17,6 +17,7 @@ __all__ = [
     "Dense",
     "MaxPool",
     "Operator",
+    "Piece",
     "Rearrange",
     "Rectifier",
     "SShape",
