@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from robust_core.attacks.engine import Attack
 from robust_core.certificates.bounds.backward import Analysis
 from robust_core.certificates.bounds.box import Box, Rounding
-from robust_core.certificates.bounds.clean import Statistics, clean_pass, with_statistics
+from robust_core.certificates.bounds.clean import clean_pass, with_statistics
 from robust_core.certificates.bounds.graph import Graph, check_twin, operator_of, refuse_hooks, trace
 from robust_core.certificates.bounds.operators import Activation
 from robust_core.certificates.bounds.region import Region
@@ -117,10 +117,10 @@ class BoundCertifier(ABC):
             self._live = (key, trace(self.model, x))
         return self._live[1]
 
-    def _analysis(self, x: Tensor, eps: float | Tensor | None, statistics: Statistics | None = None) -> Analysis:
+    def _analysis(self, x: Tensor, eps: float | Tensor | None) -> Analysis:
         check_inputs(x)
         Rounding.of(x.dtype)  # refuses half precision
-        graph = with_statistics(self.graph(x), statistics or {})
+        graph = self.graph(x)
         region = Region.of(self.threat, x, self.threat.eps if eps is None else eps)
         return Analysis.start(graph, region, None)
 
@@ -157,10 +157,14 @@ class BoundCertifier(ABC):
             kappa: share of this certifier's own margins, the rest being those of plain intervals.
         """
         check_number("kappa", kappa, low=0, high=1)
-        self.graph(x)  # names what is not supported before the running statistics move
+        Rounding.of(x.dtype)  # refuses half precision
+        graph = self.graph(x)  # names what is not supported before the running statistics move
+        if x.device.type == "cpu":  # looking at values makes an accelerator wait
+            check_inputs(x)
+            check_labels(y, len(x), graph.n_classes)
         logits, statistics = clean_pass(self.model, x)
-        analysis = self._analysis(x, eps, statistics)
-        check_labels(y, len(x), analysis.graph.n_classes)
+        region = Region.of(self.threat, x, self.threat.eps if eps is None else eps)
+        analysis = Analysis.start(with_statistics(graph, statistics), region, None)
         return TrainingPass(logits, analysis, self._mixed_margins(analysis, y, kappa))
 
     def _mixed_margins(self, analysis: Analysis, y: Tensor, kappa: float) -> Tensor:
