@@ -340,3 +340,26 @@ def test_a_page_shows_the_model_beside_others(report):
     fewer = evaluate(digits_cnn(seed=1), data.subset(range(40)), [Clean()], name="fewer")
     with pytest.raises(IncomparableError, match="fewer"):
         report.html(beside=[fewer])
+
+
+def test_several_certificates_share_one_section() -> None:
+    from robust_core.certificates import IntervalBounds
+    from robust_core.evaluation import NotCertified
+    from robust_core.threats import L1
+
+    model, (x, y) = digits_cnn(), digits()
+    parts = [
+        Certified(Smoothing(model, 0.25, n_samples=200), name="smoothing"),
+        Certified(IntervalBounds(model, Linf(0.002)), name="interval-linf"),
+        Certified(IntervalBounds(model, L1(0.002)), name="interval-l1"),
+        NotCertified("prototypes", "the model has no <prototypes>", "robust vision harden --method prototypes"),
+    ]
+    report = evaluate(model, (x[:8], y[:8]), parts)
+    page = report.html()
+    assert page.count(">Guarantees<") >= 1
+    assert page.count("<svg") == 3, "one panel for each norm"
+    assert "no &lt;prototypes&gt;" in page
+    assert "robust vision harden --method prototypes" in page
+    assert "smoothing: each certificate is false with probability at most 0.001" in page
+    alone = evaluate(model, (x[:8], y[:8]), parts[:1]).html()
+    assert ">Guarantees<" not in alone

@@ -40,7 +40,7 @@ class _LargestRadius:
     time_limit: float | None
 
     def certify(self, x: torch.Tensor, y: torch.Tensor | None = None) -> Certificate:
-        return self.certifier.radius(x, y, steps=10, time_limit=self.time_limit)
+        return self.certifier.radius(x, y, steps=14, time_limit=self.time_limit)
 
 
 def certified_parts(
