@@ -267,36 +267,41 @@ class L2(Threat):
 
 @dataclass(frozen=True)
 class PartialL2(L2):
-    """Only a stretch of the flattened input may change, by an Euclidean length of at most ``eps``.
+    """Only a stretch along one dimension of the input may change, by an Euclidean length of at most ``eps``.
 
     Certificates for L2 hold here too; they may be far from tight.
 
     Args:
-        start: first element that may change.
+        start: first place along that dimension that may change.
         stop: one more than the last.
+        dim: of one input, without the batch: 0 of a vector or for channels, 1 for rows of an image, 2 for columns.
     """
 
     start: int = 0
     stop: int = 0
+    dim: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.start < self.stop:
-            raise ValueError(f"start={self.start}, stop={self.stop}: 0 <= start < stop is needed")
+        if not 0 <= self.start < self.stop or self.dim < 0:
+            raise ValueError(
+                f"start={self.start}, stop={self.stop}, dim={self.dim}: 0 <= start < stop, dim >= 0 needed"
+            )
 
     def __str__(self) -> str:
-        return f"L2(eps={self.eps_text}) on elements {self.start}:{self.stop}"
+        return f"L2(eps={self.eps_text}) on {self.start}:{self.stop} of dimension {self.dim}"
 
     def with_eps(self, eps: float) -> PartialL2:  # noqa: D102
-        return type(self)(eps, self.domain, self.start, self.stop)
+        return type(self)(eps, self.domain, self.start, self.stop, self.dim)
 
     def _moving(self, like: Tensor) -> Tensor:
-        """Return (*shape) bool: which elements may change."""
-        size = like[0].numel()
-        if self.stop > size:
-            raise ValueError(f"stop={self.stop}: an input has {size} elements")
-        place = torch.arange(size, device=like.device)
-        return ((place >= self.start) & (place < self.stop)).reshape(like.shape[1:])
+        """Return bool, broadcastable to one input: which elements may change."""
+        shape = like.shape[1:]
+        if self.dim >= len(shape) or self.stop > shape[self.dim]:
+            raise ValueError(f"{self}: an input has shape {tuple(shape)}")
+        place = torch.arange(shape[self.dim], device=like.device)
+        inside = (place >= self.start) & (place < self.stop)
+        return inside.reshape(-1, *[1] * (len(shape) - self.dim - 1))
 
     def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:  # noqa: D102
         elsewhere = _flat((x_adv == x) | self._moving(x)).all(1)
@@ -309,11 +314,11 @@ class PartialL2(L2):
         return super().project(torch.where(self._moving(x), x_adv, x), x, frame=frame)
 
     def random_start(self, x: Tensor, streams: SampleStreams, *, draw: int | Tensor = 0) -> Tensor:  # noqa: D102
-        self._moving(x)  # names a stretch that is too long
-        flat = _flat(x)
-        ball = L2(self.eps, self.domain)
-        moved = ball.random_start(flat[:, self.start : self.stop], streams, draw=draw)
-        return torch.cat([flat[:, : self.start], moved, flat[:, self.stop :]], dim=1).reshape(x.shape)
+        self._moving(x)  # names a stretch that does not fit
+        stretch = (slice(None),) * (1 + self.dim) + (slice(self.start, self.stop),)
+        moved = x.clone()
+        moved[stretch] = L2(self.eps, self.domain).random_start(x[stretch], streams, draw=draw)
+        return moved
 
     def steepest(self, gradient: Tensor) -> Tensor:  # noqa: D102
         return super().steepest(gradient * self._moving(gradient))

@@ -72,7 +72,7 @@ def test_pulling_rows_back_never_loosens_and_stays_sound(kind):
         model, x = random_network(seed, kind, n_samples=64)
         model, x = model.double(), x.double()
         graph = trace(model, x)
-        masks = part_masks((x[0].numel(),), x.shape[1:])
+        masks = part_masks((x.shape[-1],), x.shape[1:], x.ndim - 2)
         constants = part_constants(graph, masks)
         assert float(constants[-1][0]) == pytest.approx(lipschitz_constants(graph)[-1], rel=1e-6)
         rows = torch.tensor([[1.0, -1.0, 0.0], [0.0, 1.0, -1.0]], dtype=torch.float64)
@@ -160,9 +160,36 @@ def test_pieces_are_bounded_by_intervals_and_crown_too():
     assert Crown(model, L2(0.01, None)).certify(x).certified.any()
 
 
+def test_rows_of_an_image_are_parts_too():
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.upper, self.lower = (nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU()) for _ in range(2))
+            self.linear = nn.Linear(24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            halves = self.upper(x[:, :, :3]), self.lower(x[:, :, 3:])
+            return self.linear(torch.cat(halves, dim=2).flatten(1))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Halves()
+    x = torch.rand((16, 1, 6, 4), generator=stream(0, 5, "rows"))
+    certificate = PartsCertifier(model, (3, 3), dim=1).certify(x)
+    masks = part_masks((3, 3), (1, 6, 4), 1)
+    assert masks[:, 0, 2:4, 0].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    graph = trace(model.double(), x.double())
+    rows = torch.eye(3, dtype=torch.float64)
+    found = functional_constants(graph, part_constants(graph, masks), masks, rows)
+    gradients = slopes(model, x.double(), rows).flatten(2)
+    for part, mask in enumerate(masks):
+        assert ((gradients * mask.flatten()).norm(dim=2).amax(0) <= found[:, part]).all()
+    assert certificate.details["part_radius"].shape == (16, 2)
+
+
 def test_bad_arguments():
     model = Branches(0)
-    with pytest.raises(ValueError, match="add up to the 12"):
+    with pytest.raises(ValueError, match="add up to dimension 0"):
         PartsCertifier(model, (3, 3)).certify(torch.rand(1, 12))
     with pytest.raises(ValueError, match="moving"):
         PartsCertifier(model, SIZES, moving=(3,))

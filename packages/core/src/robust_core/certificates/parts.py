@@ -40,21 +40,23 @@ BUDGET = 2**20
 """Rows times elements up to which rows are pulled back: beyond, as for deep networks on images, they stop."""
 
 
-def part_masks(parts: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Return (M, *shape) float64 indicators of consecutive pieces of the flattened input.
+def part_masks(parts: Sequence[int], shape: Sequence[int], dim: int = 0) -> Tensor:
+    """Return (M, *shape) float64 indicators of consecutive stretches along one dimension of the input.
 
     Args:
-        parts: lengths of the pieces.
+        parts: lengths of the stretches.
         shape: of one input.
+        dim: of one input, without the batch.
 
     Raises:
-        ValueError: the lengths do not add up to the input.
+        ValueError: the lengths do not add up.
     """
-    size = math.prod(shape)
+    size = shape[dim] if 0 <= dim < len(shape) else 0
     if not parts or sum(check_count("parts", length) for length in parts) != size:
-        raise ValueError(f"parts={tuple(parts)}: lengths that add up to the {size} elements of an input are needed")
+        raise ValueError(f"parts={tuple(parts)}: lengths that add up to dimension {dim} of {tuple(shape)} are needed")
     owner = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(list(parts)))
-    return (owner == torch.arange(len(parts))[:, None]).double().reshape(len(parts), *shape)
+    masks = (owner == torch.arange(len(parts))[:, None]).double()
+    return masks.reshape(len(parts), *(size if i == dim else 1 for i in range(len(shape)))).expand(-1, *shape)
 
 
 def combined_constants(constants: Tensor, norm: str = "L2") -> Tensor:
@@ -185,16 +187,23 @@ class PartsCertifier(LipschitzCertifier):
 
     Args:
         model: an ``nn.Module`` of supported layers, (B, ...) -> (B, C); left as found.
-        parts: lengths of consecutive pieces of the flattened input.
+        parts: lengths of consecutive stretches along dimension ``dim`` of one input.
         norm: ``"L2"``, ``"Linf"`` or ``"L1"``, over all parts that move together.
+        dim: without the batch; 0 of a vector or for channels, 1 for rows of an image, 2 for columns.
         moving: positions of the parts that an attacker may change; all of them when None.
     """
 
     def __init__(
-        self, model: nn.Module, parts: Sequence[int], norm: str = "L2", *, moving: Sequence[int] | None = None
+        self,
+        model: nn.Module,
+        parts: Sequence[int],
+        norm: str = "L2",
+        *,
+        dim: int = 0,
+        moving: Sequence[int] | None = None,
     ) -> None:
         super().__init__(model, norm)
-        self.parts = tuple(parts)
+        self.parts, self.dim = tuple(parts), dim
         self.moving = tuple(range(len(self.parts))) if moving is None else tuple(moving)
         if not self.moving or any(not 0 <= part < len(self.parts) for part in self.moving):
             raise ValueError(f"moving={self.moving}: positions in 0 .. {len(self.parts) - 1} are needed")
@@ -213,7 +222,7 @@ class PartsCertifier(LipschitzCertifier):
     def _constants(self, graph: Graph, y: Tensor) -> Tensor:
         """Return (B, C - 1, 1 + M): of the whole input, then of its parts."""
         if self._table is None or self._table[0] is not graph:
-            masks = part_masks(self.parts, graph.nodes[0].shape)
+            masks = part_masks(self.parts, graph.nodes[0].shape, self.dim)
             masks = torch.cat([torch.ones_like(masks[:1]), masks])
             self._table = (graph, part_constants(graph, masks, self.norm), masks, {})
         _, constants, masks, known = self._table
@@ -230,7 +239,7 @@ class PartsCertifier(LipschitzCertifier):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         pairs = self._constants(graph, y)
         joint = combined_constants(pairs[..., [1 + part for part in self.moving]], self.norm)
-        masks = part_masks(self.parts, graph.nodes[0].shape).to(x.device) > 0
+        masks = part_masks(self.parts, graph.nodes[0].shape, self.dim).to(x.device) > 0
         moving = masks[list(self.moving)].any(0)
         if bool(moving.all()):
             joint = torch.minimum(joint, pairs[..., 0])
@@ -254,4 +263,4 @@ class PartsCertifier(LipschitzCertifier):
         """Return what the certificates speak of."""
         moving = "all parts" if len(self.moving) == len(self.parts) else f"parts {self.moving} alone"
         whole = super().about()
-        return replace(whole, method=f"parts {self.parts} of the input, {moving} moving; {whole.method}")
+        return replace(whole, method=f"parts {self.parts} of dimension {self.dim}, {moving} moving; {whole.method}")
