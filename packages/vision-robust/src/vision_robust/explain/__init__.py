@@ -1,0 +1,1 @@
+"""Classifiers and tools that say why: prototypes, counterfactuals, memorisation."""
