@@ -19,7 +19,7 @@ from robust_core.io import load_weights
 from robust_core.io.exported import load_exported
 from robust_core.words import check_module, current_folder, parse_spec
 
-__all__ = ["Scheme", "load_factory", "load_model"]
+__all__ = ["Scheme", "load_factory", "load_model", "load_object"]
 
 Scheme = Callable[[str, str | None], nn.Module]
 """Maps (name after the colon, weights file or None) to a model."""
@@ -78,12 +78,12 @@ def load_into(model: nn.Module, path: str) -> None:
         raise ValueError(f"{path} does not fit {type(model).__name__}: {why}") from error
 
 
-def load_factory(spec: str, **arguments: Any) -> nn.Module:
-    """Import ``package.module:factory`` and call it; a class or a ready ``nn.Module`` will do as well.
+def load_object(spec: str) -> Any:
+    """Import ``package.module:name`` (the current folder counts too) and return what it names.
 
     Raises:
         ResourceError: the module is not importable.
-        ValueError: it has no such name, or the name gives no ``nn.Module``.
+        ValueError: it has no such name.
     """
     module_name, _, name = spec.partition(":")
     check_module(spec)
@@ -97,10 +97,22 @@ def load_factory(spec: str, **arguments: Any) -> nn.Module:
                 f"model {spec!r}: no module {module_name!r}; it is looked for in {Path.cwd().name}/ and in the "
                 "environment"
             ) from error
-        for part in name.split("."):
-            if not hasattr(found, part):
-                raise ValueError(f"model {spec!r}: {module_name} has no {name!r}")
-            found = getattr(found, part)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"model {spec!r}: {module_name} has no {name!r}")
+        found = getattr(found, part)
+    return found
+
+
+def load_factory(spec: str, **arguments: Any) -> nn.Module:
+    """Import ``package.module:factory`` and call it; a class or a ready ``nn.Module`` will do as well.
+
+    Raises:
+        ResourceError: the module is not importable.
+        ValueError: it has no such name, or the name gives no ``nn.Module``.
+    """
+    found = load_object(spec)
+    with current_folder():
         try:
             model = found if isinstance(found, nn.Module) else found(**arguments) if callable(found) else found
         except Exception as error:  # the user's code: anything may be raised

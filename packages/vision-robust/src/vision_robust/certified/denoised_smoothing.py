@@ -237,15 +237,22 @@ class Stability(RandomObjective):
 
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of one batch ``{x (B, ...), y (B,), index (B,)}``."""
-        x, y = _checked(batch["x"]), batch["y"]
-        if x.device.type == "cpu":
-            check_labels(y, len(x), self.n_classes)
-        whole = denoised(model)
+        whole, x, y = denoised(model), self.checked(batch), batch["y"]
         if self.target == "model":
             y = predict_logits(whole.classifier, x).argmax(1)
-        logits = whole(_noisy(x, self.sigma, self.step_seed(batch), self.index(batch)))
+        logits = whole(self.noisy(batch, x, self.step_seed(batch)))
         agree = (logits.detach().argmax(1) == y).to(logits.dtype).mean()
         return Loss(F.cross_entropy(logits, y), {"agreement": agree})
+
+    def checked(self, batch: Batch) -> Tensor:
+        """Return x; NaN and bad labels are refused where looking costs no wait."""
+        if batch["x"].device.type == "cpu":
+            check_labels(batch["y"], len(batch["x"]), self.n_classes)
+        return _checked(batch["x"])
+
+    def noisy(self, batch: Batch, x: Tensor, seed: int) -> Tensor:
+        """Return the images under the noise of the step that ``seed`` is of."""
+        return _noisy(x, self.sigma, seed, self.index(batch))
 
 
 def denoised(model: nn.Module) -> Denoised:
