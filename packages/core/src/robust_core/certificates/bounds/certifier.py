@@ -143,7 +143,13 @@ class BoundCertifier(ABC):
         return robust_cross_entropy(self.margins(x, y, eps=eps), y)
 
     def training_pass(
-        self, x: Tensor, y: Tensor, *, eps: float | Tensor | None = None, kappa: float = 1.0
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        eps: float | Tensor | None = None,
+        kappa: float = 1.0,
+        region: Region | None = None,
     ) -> TrainingPass:
         """Run the model on a batch in the mode that it is in, and bound it with the statistics of that batch.
 
@@ -155,6 +161,7 @@ class BoundCertifier(ABC):
             y: (B,) labels.
             eps: another radius, or one for each sample (B,).
             kappa: share of this certifier's own margins, the rest being those of plain intervals.
+            region: another set of inputs to bound in place of the ball around ``x``, whose statistics still count.
         """
         check_number("kappa", kappa, low=0, high=1)
         Rounding.of(x.dtype)  # refuses half precision
@@ -163,7 +170,7 @@ class BoundCertifier(ABC):
             check_inputs(x)
             check_labels(y, len(x), graph.n_classes)
         logits, statistics = clean_pass(self.model, x)
-        region = Region.of(self.threat, x, self.threat.eps if eps is None else eps)
+        region = Region.of(self.threat, x, self.threat.eps if eps is None else eps) if region is None else region
         analysis = Analysis.start(with_statistics(graph, statistics), region, None)
         return TrainingPass(logits, analysis, self._mixed_margins(analysis, y, kappa))
 

@@ -164,6 +164,10 @@ class FastCertified(RandomObjective):
             self._bounds = Crown(model, self.threat, "crown-ibp") if linear else IntervalBounds(model, self.threat)
         return self._bounds
 
+    def propagate(self, model: nn.Module, batch: Batch, *, eps: float, kappa: float) -> TrainingPass:
+        """Return the clean logits and the bounds to train on; a subclass may bound another set of inputs."""
+        return self.bounds(model).training_pass(batch["x"], batch["y"], eps=eps, kappa=kappa)
+
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of one batch.
 
@@ -181,7 +185,7 @@ class FastCertified(RandomObjective):
         kappa = 1 - eps / self.threat.eps if self.threat.eps and eps else 0.0
         # Half precision would round away the radii.
         with torch.autocast(x.device.type, enabled=False):
-            found = self.bounds(model).training_pass(x, y, eps=max(eps, LEAST_EPS) if weight else eps, kappa=kappa)
+            found = self.propagate(model, batch, eps=max(eps, LEAST_EPS) if weight else eps, kappa=kappa)
             natural, robust = F.cross_entropy(found.logits, y), robust_cross_entropy(found.margins, y)
             total, parts = robust if eps else natural, {"natural": natural, "robust": robust}
             if weight:
