@@ -18,7 +18,7 @@ from robust_core.models import frozen
 from robust_core.random import SampleStreams, Seed, reseeded, resolve_seed
 from robust_core.training import Batch, Loss, RandomObjective
 from vision_robust.explain.robust_counterfactuals.found import Counterfactuals, check_tau, report
-from vision_robust.explain.robust_counterfactuals.search import slopes, unit
+from vision_robust.explain.robust_counterfactuals.search import SURE, slopes, unit
 from vision_robust.explain.robust_counterfactuals.stability import Meter, Recourse
 
 __all__ = ["ELBO", "SmallVAE", "TRexLatent"]
@@ -48,12 +48,14 @@ class SmallVAE(nn.Module):
         self.shape = tuple(check_count("shape", size) for size in shape)
         self.groups = tuple(tuple(group) for group in groups)
         size = math.prod(self.shape)
+        check_count("n_latent", n_latent)
+        check_count("hidden", hidden)
         with reseeded(resolve_seed(generator)):  # torch's initialisers know only the global stream
             self.encoder = nn.Sequential(
                 nn.Flatten(),
                 nn.Linear(size, hidden),
                 nn.ReLU(),
-                nn.Linear(hidden, 2 * check_count("n_latent", n_latent)),
+                nn.Linear(hidden, 2 * n_latent),
             )
             self.decoder = nn.Sequential(nn.Linear(n_latent, hidden), nn.ReLU(), nn.Linear(hidden, size))
 
@@ -85,7 +87,7 @@ class ELBO(RandomObjective):
     """Squared reconstruction error in units of ``2 noise^2``, plus the divergence of the code from N(0, I).
 
     Args:
-        noise: standard deviation of the decoder's Gaussian; smaller reconstructs better, larger makes the code smoother.
+        noise: standard deviation of the decoder's Gaussian: small reconstructs well, large makes the code smooth.
         generator: seed.
     """
 
@@ -174,7 +176,7 @@ class TRexLatent:
             arrived = accepted.clone()
             if bool(accepted.any()):
                 value, error = meter(snapped[accepted])
-                arrived[accepted] = value - 2 * error >= self.tau
+                arrived[accepted] = value - SURE * error >= self.tau
             best = accepted | ~kept[rows]
             points[rows[best]] = snapped[best]
             kept[rows] |= accepted

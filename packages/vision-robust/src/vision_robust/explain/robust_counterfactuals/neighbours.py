@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robust_core.checks import check_inputs
 from vision_robust.explain.robust_counterfactuals.found import Counterfactuals, check_tau, report
+from vision_robust.explain.robust_counterfactuals.search import SURE
 from vision_robust.explain.robust_counterfactuals.stability import Recourse
 
 __all__ = ["NearestCounterfactual", "TRexNearestNeighbor"]
@@ -70,7 +71,7 @@ def _scan(recourse: Recourse, x: Tensor, pool: Tensor, tau: float | None) -> tup
         good = accepted.clone()
         if meter is not None and tau is not None and bool(accepted.any()):
             value, error = meter(proposals[accepted])
-            good[accepted] = value - 2 * error >= tau
+            good[accepted] = value - SURE * error >= tau
         proposals = proposals.reshape(len(rows), -1, *x.shape[1:])
         for mask, wanted in ((accepted, fallback), (good, open_)):
             table = mask.reshape(len(rows), -1)

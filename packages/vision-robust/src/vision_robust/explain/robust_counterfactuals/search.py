@@ -19,6 +19,10 @@ from vision_robust.explain.robust_counterfactuals.stability import Recourse
 __all__ = ["ClosestCounterfactual", "Generator", "TRexIterative"]
 
 
+SURE = 3.0
+"""A search stops so many standard errors above ``tau``, so that fresh draws confirm it."""
+
+
 class Generator(Protocol):
     """Anything that proposes counterfactuals."""
 
@@ -125,9 +129,9 @@ def in_ball(x: Tensor, centre: Tensor, radius: float) -> Tensor:
 class TRexIterative:
     """T-Rex:I: from a counterfactual, climb the stability until it reaches ``tau``.
 
-    The stability is checked before each step, on draws shared by all steps; a row counts as arrived where its stability
-    is two standard errors above ``tau``, so that fresh draws will confirm it. Of a row that does not arrive the last
-    accepted iterate is returned, and ``reached`` says so.
+    The stability is checked before each step, on draws shared by all steps; a row has arrived where its stability is
+    :data:`SURE` standard errors above ``tau``, so that fresh draws will confirm it. Of a row that does not arrive the
+    last accepted iterate is returned, and ``reached`` says so.
 
     Args:
         recourse: the question.
@@ -171,7 +175,7 @@ class TRexIterative:
             value, error, gradient = meter.with_gradient(here[rows])
             if spec.discrete:
                 value, error = meter(snapped[rows])
-            arrived = accepted[rows] & (value - 2 * error >= self.tau)
+            arrived = accepted[rows] & (value - SURE * error >= self.tau)
             open_[rows] = ~arrived
             if step == self.n_steps:
                 break
