@@ -6,7 +6,13 @@ from robust_core.testing import Case
 from robust_core.testing.tiny import digits, digits_cnn
 from vision_robust.inference.adaptive_smoothing import MixedClassifier
 
-__all__ = ["adaptive_smoothing"]
+__all__ = [
+    "adaptive_smoothing",
+    "dual_randomized_smoothing",
+    "fast_certified_training",
+    "robust_counterfactuals",
+    "zo_ae_ds",
+]
 
 
 def adaptive_smoothing() -> Case:
@@ -14,3 +20,63 @@ def adaptive_smoothing() -> Case:
     x, y = digits()
     mixed = MixedClassifier(digits_cnn(), digits_cnn("adversarial"), mixing_weight=0.85).eval()
     return Case(mixed, mixed, x[:32], y[:32])
+
+
+def fast_certified_training() -> Case:
+    """Return the objective at the middle of its ramp, on a small network for the digits."""
+    from robust_core.threats import Linf
+    from vision_robust.certified.fast_certified_training import FastCertified, SmoothedEps, ibp_init_
+    from vision_robust.models import mlp
+
+    x, y = digits()
+    model = ibp_init_(mlp(10, (1, 8, 8), widths=(32, 32)), x[:1])
+    objective = FastCertified(Linf(0.02), SmoothedEps(0.02, 0.0, 0.4))
+    return Case(objective, model, x[:64], y[:64], {"batch": {"share": 0.2}, "lr": 0.1})
+
+
+def dual_randomized_smoothing() -> Case:
+    """Return a network for the digits on both halves of the checkerboard."""
+    from vision_robust.certified.dual_randomized_smoothing import DualClassifier, DualSmoothing, checkerboard_partition
+
+    x, y = digits()
+    masks = checkerboard_partition(8, 8)
+    dual = DualClassifier(digits_cnn("adversarial"), digits_cnn("adversarial"), masks, feed="maxpool").eval()
+    return Case(DualSmoothing(dual, 0.15, n_samples=500), dual, x[:8], y[:8])
+
+
+def zo_ae_ds() -> Case:
+    """Return the objective by queries, in front of a network for the digits that only answers them."""
+    from vision_robust.certified.zo_ae_ds import AutoencodedDenoised, BlackBox, DnCNN, QueryStability, conv_autoencoder
+
+    x, y = digits()
+    box = BlackBox(digits_cnn(), scores="logits")
+    autoencoder = conv_autoencoder((1, 8, 8), 6, width=4, generator=0)
+    model = AutoencodedDenoised(DnCNN(1, depth=3, width=8), autoencoder, box)
+    return Case(QueryStability(0.25), model, x[:32], y[:32], {"lr": 0.05})
+
+
+def robust_counterfactuals() -> Case:
+    """Return what T-Rex:I costs and gains on rejected rows of the breast-cancer table, under three retrainings."""
+    from torch import nn
+
+    from robust_core.data import load
+    from vision_robust.explain import robust_counterfactuals as method
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    data, test = load("breast_cancer"), load("breast_cancer", "test")
+    plan = method.Retraining(build, epochs=5, learning_rate=5e-3)
+    model = plan.train(data, 0, 0)
+    x = test.x[~method.Score(model).accepts(test.x)][:8]
+
+    def measure() -> dict[str, float]:
+        recourse = method.Recourse(method.Score(model), n_samples=100)
+        found = {
+            "closest": method.ClosestCounterfactual(recourse).generate(x),
+            "T-Rex:I": method.TRexIterative(recourse).generate(x),
+        }
+        table = method.evaluate_counterfactuals(found, recourse, method.retrain_models(plan, data, 3))
+        return {f"{name}/{key}": getattr(table[name], key) for name in found for key in ("validity", "cost_l2")}
+
+    return Case(measure, model, x, test.y[: len(x)])

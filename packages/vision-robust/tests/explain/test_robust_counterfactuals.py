@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cache, partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_with_a_true_constant_stability_is_below_the_relaxed_one(seed: int, exce
     x = torch.rand(5, 4, generator=generator, dtype=torch.float64)
     score = Score(model, target=2)
     gamma = lipschitz_constant(score, x)
-    options = {"sigma": sigma, "n_samples": 40, "generator": seed}
+    options: dict[str, Any] = {"sigma": sigma, "n_samples": 40, "generator": seed}
     relaxed = stability(score, x, **options)
     assert bool((stability(score, x, lipschitz=gamma + excess, **options) <= relaxed + 1e-12).all())
     assert bool((stability(score, x, lipschitz="rigorous", **options) <= relaxed + 1e-12).all())
@@ -130,7 +131,7 @@ def test_gradient_is_that_of_finite_differences_and_of_the_bounded_passes() -> N
     score = Score(model, target=1)
     x = torch.rand(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_(True)
     for lipschitz in (None, 0.7):
-        options = {"sigma": 0.1, "n_samples": 50, "lipschitz": lipschitz, "generator": 3}
+        options: dict[str, Any] = {"sigma": 0.1, "n_samples": 50, "lipschitz": lipschitz, "generator": 3}
         value = stability(score, x, **options)
         (gradient,) = torch.autograd.grad(value.sum(), x)
         h = 1e-6
@@ -166,7 +167,7 @@ def test_a_row_does_not_depend_on_its_neighbours_and_the_model_is_left_as_found(
     share=st.floats(0, 0.45),
 )  # fmt: skip
 def test_guarantee_is_its_formula_and_monotone(eps: float, k: int, sigma: float, gamma: float, share: float) -> None:
-    given_ = {"gamma_model": gamma, "gamma_changed": gamma / 2}
+    given_: dict[str, Any] = {"gamma_model": gamma, "gamma_changed": gamma / 2}
     found = stability_guarantee(eps, k, sigma, eps_prime=share * eps, **given_)
     assert found == pytest.approx(1 - math.exp(-k * eps**2 / (8 * (1.5 * gamma) ** 2 * sigma**2)), abs=1e-9)
     assert 0 <= found <= 1
@@ -202,7 +203,7 @@ def test_simulated_model_changes_keep_the_theorem() -> None:
     gamma = gamma_model + amplitude * frequency
     r = (old - gamma * (points - x).norm(dim=2)).mean(1)
     for eps in (0.11, 0.2, 0.4, 0.8):
-        allowed = {"gamma_model": gamma_model, "gamma_changed": gamma, "eps_prime": smoothed_gap}
+        allowed: dict[str, Any] = {"gamma_model": gamma_model, "gamma_changed": gamma, "eps_prime": smoothed_gap}
         bounds = [stability_guarantee(eps, k, sigma, sharp=True, **allowed)]
         bounds += [stability_guarantee(eps, k, sigma, **allowed)] if eps > 2 * smoothed_gap else []
         assert float((difference >= eps).double().mean()) <= 1 - max(bounds) + 1e-12
@@ -252,7 +253,7 @@ def test_integers_groups_ranges_and_immutables_hold_in_every_generator() -> None
     recourse = Recourse(Score(model), spec, n_samples=100)
     queries = x[~recourse.score.accepts(x)]
     queries = queries[queries[:, 5] == 1]
-    identity = {"encode": lambda x: x, "decode": lambda z: z}
+    identity: dict[str, Any] = {"encode": lambda x: x, "decode": lambda z: z}
     generators = (
         ClosestCounterfactual(recourse), ClosestCounterfactual(recourse, norm="L1"), TRexIterative(recourse),
         NearestCounterfactual(recourse, x), TRexNearestNeighbor(recourse, x, tau=0.6), WachterCounterfactual(recourse),
@@ -434,7 +435,11 @@ def test_validity_and_its_bounds_count_models() -> None:
     assert bool((together.lower <= bounds.lower).all())
     assert "drift" in bounds.conditional
     # an invalid proposal counts in `found` alone
-    report = {"stability": torch.zeros(3).double(), "reached": torch.zeros(3).bool(), "steps": torch.zeros(3).long()}
+    report: dict[str, Any] = {
+        "stability": torch.zeros(3).double(),
+        "reached": torch.zeros(3).bool(),
+        "steps": torch.zeros(3).long(),
+    }
     proposals = Counterfactuals(
         points - 0.1, points, points[:, 0].double(), torch.tensor([True, True, False]), **report,
         tau=None, kind="relaxed", method="made",
@@ -499,3 +504,16 @@ def test_wrong_types_are_refused() -> None:
         ClosestCounterfactual(small()).generate(x.half())
     with pytest.raises(TypeError, match="dtype"):
         ClosestCounterfactual(small()).generate(x.long())
+
+
+def test_the_claim_measures_what_it_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vision_robust.claims import robust_counterfactuals as claim
+
+    tiny = claim.Setting(epochs=2, n_models=2, n_queries=3, n_samples=20)
+    monkeypatch.setattr(claim, "QUICK", tiny)
+    monkeypatch.setattr(claim, "CONFIDENCES", (0.6,))
+    figures = claim.run(0, "quick")
+    named = {name for statement in claim.STATEMENTS for name in statement.figure}
+    assert named == set(figures.measured) == set(figures.baseline)
+    exact = [gate for gate in figures.gates if "good" not in gate.name]
+    assert all(gate.passed for gate in exact), exact
