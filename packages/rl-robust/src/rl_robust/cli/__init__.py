@@ -1,0 +1,5 @@
+"""``robust rl``: attack, certify, evaluate and harden the user's own policy."""
+
+from rl_robust.cli.app import app
+
+__all__ = ["app"]
