@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from robust_core.errors import NotDifferentiableError
 from robust_core.models import Classifier, frozen, padded
 from robust_core.random import reseeded
 
@@ -145,7 +146,10 @@ def _check_batch(model: Classifier, x: Tensor, logits: Tensor, tolerance: float)
 def _zero_gradient(model: Classifier, x: Tensor, y: Tensor) -> bool:
     point = x.detach().clone().requires_grad_(True)
     with frozen(model), torch.enable_grad():
-        logits = model(padded(point))[: len(x)]
+        try:
+            logits = model(padded(point))[: len(x)]
+        except NotDifferentiableError:  # a black box refuses inputs that want a gradient
+            return True
         if not logits.requires_grad:
             return True
         # of the label's own logit: the cross-entropy of a confident model saturates, and that is not masking

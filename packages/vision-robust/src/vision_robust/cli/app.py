@@ -25,7 +25,8 @@ app = typer.Typer(no_args_is_help=True, help="Attack, certify, evaluate and hard
 
 MODEL_HELP = (
     "torchvision:NAME, timm:NAME, package.module:factory, bundled:small-cnn@CxHxW, saved:FOLDER or an exported .pt2; "
-    "inputs are images in [0, 1]."
+    "models that only answer queries: onnx:FILE, http(s)://ADDRESS or callable:package.module:function. Inputs are "
+    "images in [0, 1]."
 )
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 Weights = Annotated[Path | None, typer.Option(help="safetensors file with the model's weights.")]

@@ -12,7 +12,7 @@ from vision_robust.recipes import methods_of
 
 __all__ = ["CERTIFIERS", "PARTS", "PRECISIONS", "PROFILES", "SCHEMES", "SPLITS", "VERSIONS", "check"]
 
-SCHEMES = ("torchvision", "timm", "bundled", "saved")
+SCHEMES = ("torchvision", "timm", "bundled", "saved", "onnx", "http", "https", "callable")
 CERTIFIERS = ("smoothing", "interval", "crown", "crown-ibp", "alpha-crown", "lipschitz")
 PARTS = ("clean", "calibration", "adversarial", "curve", "corruptions", "certified", "translation")
 VERSIONS = ("standard", "plus", "rand", "fast")
@@ -92,6 +92,10 @@ def _check_model(model: str) -> None:
         check_module(model)
     if kind == "pt2" and not Path(model).is_file():
         raise ResourceError(f"--model {model}: no such file")
+    if kind == "onnx" and not Path(name.partition("#")[0]).is_file():
+        raise ResourceError(f"--model {model}: no such file")
+    if kind == "callable":
+        check_module(name)
     if kind == "saved" and not (Path(name) / "model.json").is_file():
         raise ResourceError(f"--model {model}: no model.json in {name or '.'}/")
 

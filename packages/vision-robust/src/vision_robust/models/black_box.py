@@ -90,8 +90,7 @@ class BlackBox(nn.Module):
         self.query, self.n_classes, self.batch_size = query, n_classes, batch_size
         self.identity = identity or _identity(query)
         self._ledger = _Ledger(max_queries)
-        if isinstance(query, nn.Module):
-            query.requires_grad_(False).eval()
+        self.requires_grad_(False).train()
 
     @property
     def queries(self) -> int:

@@ -32,8 +32,9 @@ from robust_core.io.files import parse_json, sha256
 from robust_core.loading import load_object
 from vision_robust.models.black_box import BlackBox
 
-__all__ = ["HttpQuery", "OnnxQuery", "QueryError", "black_box"]
+__all__ = ["BLACK_BOXES", "HttpQuery", "OnnxQuery", "QueryError", "black_box"]
 
+BLACK_BOXES = ("onnx", "http", "https", "callable")
 LAYOUTS = ("auto", "nchw", "nhwc")
 _CHANNELS = (1, 3, 4)
 _FLOATS = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
@@ -81,9 +82,8 @@ class OnnxQuery(_Shared):
         self.identity = f"onnx:{sha256(file)}"
         inputs = self.session.get_inputs()
         if len(inputs) != 1:
-            raise ValueError(
-                f"{path} has the inputs {', '.join(i.name for i in inputs)}; one batch of images is needed"
-            )
+            names = ", ".join(entry.name for entry in inputs)
+            raise ValueError(f"{path} has the inputs {names}; one input, a batch of images, is needed")
         self.name, self.shape = inputs[0].name, list(inputs[0].shape)
         if inputs[0].type not in _FLOATS:
             raise ValueError(

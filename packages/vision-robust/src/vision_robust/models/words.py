@@ -18,6 +18,7 @@ from robust_core.io import load_weights
 from robust_core.models import Normalize
 from robust_core.random import Seed, reseeded, resolve_seed
 from vision_robust.models.networks import SmallCNN, resnet18_32
+from vision_robust.models.queries import BLACK_BOXES, black_box
 from vision_robust.models.saved import load_saved
 
 __all__ = ["build_model", "load_model"]
@@ -35,7 +36,8 @@ def load_model(
     Args:
         spec: ``torchvision:resnet18``, ``timm:convnext_nano``, ``bundled:small-cnn@1x28x28`` or
             ``bundled:resnet18-32@3x32x32`` (these two need ``weights``), ``saved:FOLDER`` (written by ``robust vision
-            harden``), ``package.module:factory``, or a ``.pt2``.
+            harden``), ``package.module:factory``, or a ``.pt2``. Models that only answer queries: ``onnx:FILE``,
+            ``http://…``, ``https://…``, ``callable:package.module:function``; see :mod:`vision_robust.models.queries`.
         weights: safetensors file with the state dict. Without it, ``torchvision:`` and ``timm:`` take the library's
             published weights, which must be in its cache or within reach.
         normalise: (mean, std) to put in front of the network. ``torchvision:`` and ``timm:`` models bring their own.
@@ -46,6 +48,7 @@ def load_model(
         ResourceError: weights, a module or a library that is not there.
     """
     schemes = {"torchvision": _torchvision, "timm": _timm, "bundled": _bundled, "saved": _saved}
+    schemes |= {kind: partial(_black_box, kind) for kind in BLACK_BOXES}
     model = loading.load_model(spec, weights=weights, schemes=schemes, device=device)
     if normalise is None:
         return model
@@ -134,17 +137,23 @@ def _saved(name: str, weights: str | None) -> nn.Module:
     return load_saved(name)
 
 
+def _black_box(kind: str, name: str, weights: str | None) -> nn.Module:
+    if weights is not None:
+        raise ValueError(f"model '{kind}:{name}': a black box holds its own weights; leave --weights out")
+    return black_box(f"{kind}:{name}")
+
+
 def build_model(spec: str, n_classes: int, *, generator: Seed = None) -> nn.Module:
     """Return a fresh network of the architecture that ``spec`` names, for weights that are loaded afterwards.
 
     Args:
-        spec: as for :func:`load_model`. The architecture of ``saved:`` and ``.pt2`` models lies in their files, which
-            are read; a factory says itself how many classes it has.
+        spec: as for :func:`load_model`. The architecture of ``saved:``, ``.pt2`` and ``onnx:`` models lies in their
+            files, which are read; a factory says itself how many classes it has.
         n_classes: size of the last layer.
         generator: seed of the initial weights.
     """
     kind, _, name = spec.partition(":")
-    if kind == "saved" or spec.endswith(".pt2"):
+    if kind in ("saved", *BLACK_BOXES) or spec.endswith(".pt2"):
         return load_model(spec)
     with reseeded(resolve_seed(generator)):
         if kind == "bundled":

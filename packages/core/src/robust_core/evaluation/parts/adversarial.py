@@ -157,7 +157,7 @@ class Adversarial(Part):
             )
         cost = {f"{key}_per_sample": round(table.total(key) / n, 2) for key in ("forwards", "backwards")}
         data = {"fingerprint": run.model_sha256, **_threat_data(self.threat), "cost": cost}
-        flags = _black_box_flags(n, found_by)
+        flags = _black_box_flags(n, found_by) if table.total("backwards") else []  # else no attack saw a gradient
         return Summary(n, figures, arrays, flags=flags, notes=notes, data=data)
 
     def _label(self) -> list[str]:
