@@ -53,4 +53,14 @@ CARDS: tuple[MethodCard, ...] = (
         example="vision_robust._examples:robust_counterfactuals",
         claim="vision_robust.claims.robust_counterfactuals",
     ),
+    MethodCard(
+        slug="rbf-prototype-network",
+        title="Robust prototype-based network: decisions by prototypes that are there or not, with certified radii",
+        paper="Saralajew, Rana, Villmann and Shaker 2025, arXiv 2412.15499",
+        kind="certifier",
+        task="image and table classification",
+        target="vision_robust.explain.rbf_prototype_network:CBCCertifier",
+        example="vision_robust._examples:rbf_prototype_network",
+        claim="vision_robust.claims.rbf_prototype_network",
+    ),
 )

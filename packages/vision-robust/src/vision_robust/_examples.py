@@ -80,3 +80,19 @@ def robust_counterfactuals() -> Case:
         return {f"{name}/{key}": getattr(table[name], key) for name in found for key in ("validity", "cost_l2")}
 
     return Case(measure, model, x, test.y[: len(x)])
+
+
+def rbf_prototype_network() -> Case:
+    """Return the certifier of a prototype network, trained for its certificate on some of the digits."""
+    from functools import partial
+
+    import torch
+
+    from robust_core.training import fit
+    from vision_robust.explain.rbf_prototype_network import CBC, CBCCertifier, RobustCBCLoss
+
+    x, y = digits()
+    model = CBC(10, (1, 8, 8), 20, generator=0).initialise(x[64:], generator=0, sigma=2.0)
+    fit(model, (x[64:], y[64:]), RobustCBCLoss(0.3), epochs=15, batch_size=32,
+        optimiser=partial(torch.optim.Adam, lr=2e-2), generator=0)  # fmt: skip
+    return Case(CBCCertifier(model.eval()), model, x[:24], y[:24])

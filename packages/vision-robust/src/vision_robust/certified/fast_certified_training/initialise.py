@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,10 @@ from robust_core.random import Seed, derive, resolve_seed
 
 __all__ = ["ibp_init_", "reference_init_"]
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def ibp_init_(model: nn.Module, x: Tensor, *, residual_halving: bool = True, generator: Seed = None) -> nn.Module:
+
+def ibp_init_(model: Model, x: Tensor, *, residual_halving: bool = True, generator: Seed = None) -> Model:
     """Draw the weights of every hidden layer from N(0, 2 pi / n^2), n its fan-in, and set their biases to 0.
 
     The layers that give the logits and those of batch normalisation keep what they have.
@@ -44,7 +47,7 @@ def ibp_init_(model: nn.Module, x: Tensor, *, residual_halving: bool = True, gen
     return _draw(model, x, sigma, generator)
 
 
-def reference_init_(model: nn.Module, x: Tensor, kind: str = "xavier", *, generator: Seed = None) -> nn.Module:
+def reference_init_(model: Model, x: Tensor, kind: str = "xavier", *, generator: Seed = None) -> Model:
     """Draw the same weights as :func:`ibp_init_` the usual way instead, for comparison.
 
     Args:
@@ -65,7 +68,7 @@ def reference_init_(model: nn.Module, x: Tensor, kind: str = "xavier", *, genera
     return _draw(model, x, sigma, generator)
 
 
-def _draw(model: nn.Module, x: Tensor, sigma: Callable[[Affine, bool], float], generator: Seed) -> nn.Module:
+def _draw(model: Model, x: Tensor, sigma: Callable[[Affine, bool], float], generator: Seed) -> Model:
     check_inputs(x)
     graph, seed = trace(model, x), resolve_seed(generator)
     hidden = list(_hidden(graph))
