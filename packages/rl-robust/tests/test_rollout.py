@@ -11,9 +11,9 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from rl_robust.budget import Budget, EpisodeBudget, StepBudget
+from rl_robust.observation import Budget, EpisodeBudget, StepBudget, View
 from rl_robust.policy import CallablePolicy, NetworkPolicy
-from rl_robust.rollout import LANES, View, collect
+from rl_robust.rollout import LANES, collect
 from rl_robust.task import Normaliser, Task
 from robust_core.threats import Linf
 

@@ -20,10 +20,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -31,8 +31,9 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from rl_robust.budget import Budget
+from rl_robust.observation import ObservationAttack, View
 from rl_robust.policy import Memory, Policy, as_policy
+from rl_robust.returns import ReturnSample, Trace
 from rl_robust.task import Task
 from robust_core.checks import check_count, check_number
 from robust_core.execution import ShardError, run_shards
@@ -46,131 +47,6 @@ LANES = 256
 """Episodes in a block of an environment that is vectorised by itself."""
 BLOCK = 64
 """Episodes in a block of separate environments, on which neither figures nor streams depend."""
-
-
-@dataclass(frozen=True)
-class View:
-    """What an attacker of observations is shown in one step of B episodes.
-
-    Attributes:
-        policy: the victim, with its parameters frozen.
-        obs: (B, ...) true observations, at the point where the attack stands.
-        frames: (B, n_frames, ...) what the victim saw so far, the place of the newest last (still free).
-        task: gives :meth:`Task.show`.
-        budget: of the attack.
-        spent: (B,) float64, by the engine's accounts.
-        step: (B,) int64, 0 in the first step of an episode.
-        episodes: (B,) int64.
-        seed: of the attack's streams.
-        sigma: noise that will be added to what the attack returns.
-        memory, start: of the policy.
-        store: (lane-wise) tensors that the attack wants to keep: use :meth:`keep` and :meth:`kept`.
-        lanes: (B,) int64, rows of ``store``.
-    """
-
-    policy: Any
-    obs: Tensor
-    frames: Tensor
-    task: Task
-    budget: Budget
-    spent: Tensor
-    step: Tensor
-    episodes: Tensor
-    seed: int
-    sigma: float
-    memory: Memory
-    start: Tensor
-    store: dict[str, Tensor]
-    lanes: Tensor
-    n_lanes: int
-
-    def shown(self, seen: Tensor) -> Tensor:
-        """Return what the policy would see if ``seen`` (B, ...) came in now; with gradient."""
-        first = (self.step == 0).reshape(-1, *[1] * (self.frames.ndim - 1))
-        past = torch.where(first, seen[:, None], self.frames[:, :-1]) if self.task.n_frames > 1 else self.frames[:, :0]
-        return self.task.show(torch.cat([past, seen[:, None]], 1))
-
-    def streams(self, purpose: str) -> SampleStreams:
-        """Return random streams that belong to the episodes; use ``chunk=self.step``."""
-        return SampleStreams(self.seed, self.episodes.to(self.obs.device), purpose)
-
-    def keep(self, name: str, value: Tensor) -> None:
-        """Remember (B, ...) values until the next step of the same episodes."""
-        if name not in self.store:
-            self.store[name] = value.new_zeros(self.n_lanes, *value.shape[1:])
-        self.store[name][self.lanes] = value
-
-    def kept(self, name: str, like: Tensor) -> Tensor:
-        """Return what was kept, or zeros like ``like`` (B, ...); zeros too where an episode begins."""
-        if name not in self.store:
-            return torch.zeros_like(like)
-        fresh = (self.step == 0).reshape(-1, *[1] * (like.ndim - 1))
-        return torch.where(fresh, 0, self.store[name][self.lanes])
-
-
-class ObservationAttack(Protocol):
-    """An attacker who stands between environment and policy."""
-
-    @property
-    def budget(self) -> Budget:
-        """What may be spent."""
-        ...
-
-    def perturb(self, view: View) -> Tensor:
-        """Return (B, ...) what the policy shall see instead of ``view.obs``; the engine projects it."""
-        ...
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One episode, step by step.
-
-    Attributes:
-        episode: its number.
-        obs, seen: (T, ...) true and shown observations (with noise).
-        distance: (T,) length of the attack in each step.
-        reward: (T,).
-        frames: rendered images, uint8 (H, W, 3), where asked for.
-    """
-
-    episode: int
-    obs: np.ndarray
-    seen: np.ndarray
-    distance: np.ndarray
-    reward: np.ndarray
-    frames: tuple[np.ndarray, ...] = ()
-
-
-@dataclass(frozen=True)
-class ReturnSample:
-    """The returns of independent episodes, in order of their numbers.
-
-    Attributes:
-        returns: (N,) float64, discounted as the task says.
-        lengths: (N,) int64 steps.
-        truncated: (N,) bool: cut by the time limit, not ended by the task.
-        spent: (N,) float64 of the attack's budget.
-        episodes: (N,) int64 numbers, which name their seeds.
-        seed: of the run.
-        sigma: noise.
-    """
-
-    returns: np.ndarray
-    lengths: np.ndarray
-    truncated: np.ndarray
-    spent: np.ndarray
-    episodes: np.ndarray
-    seed: int
-    sigma: float
-    traces: tuple[Trace, ...] = field(default=(), compare=False)
-
-    def __len__(self) -> int:
-        return len(self.returns)
-
-    @property
-    def mean(self) -> float:
-        """Mean return."""
-        return float(self.returns.mean())
 
 
 _ARRAYS = ("returns", "lengths", "truncated", "spent", "episodes")
