@@ -1,22 +1,16 @@
-"""The report as one self-contained HTML page that a person would show to a colleague.
+"""The page of an evaluation: made from the result document and the per-sample arrays alone.
 
-The page is made from the result document and the per-sample arrays alone, so a report read from disk gives the page it
-was saved with. No script, no remote asset (a content security policy in the page forbids both), colours for light and
-dark, text alternatives for every plot and picture. All text from the document is escaped.
+A report read from disk therefore gives the page it was saved with.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
-from jinja2 import BaseLoader, Environment, StrictUndefined, Template
-
 from robust_core.evaluation import sections as build
+from robust_core.evaluation.layout import Card, Page
 from robust_core.evaluation.report import Report
 from robust_core.evaluation.sections import Section, Table, interval_text, number, percent
 
@@ -42,23 +36,6 @@ _BUILDERS: dict[str, Callable[[Report, dict[str, Any]], Section]] = {
 }
 
 
-@dataclass(frozen=True)
-class Card:
-    """One of the five numbers."""
-
-    label: str
-    value: str
-    spread: str
-    how: str
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, loader=BaseLoader(), trim_blocks=True)
-    text = files("robust_core.evaluation").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(text)
-
-
 def render(report: Report, beside: Sequence[Report] = ()) -> str:
     """Return the page of ``report``, with a section that shows it beside other reports."""
     document = report.document
@@ -68,18 +45,36 @@ def render(report: Report, beside: Sequence[Report] = ()) -> str:
     comparisons = build.invariant(report)
     if comparisons is not None:
         sections.append(comparisons)
-    parameters = document["details"]["cost"]["parameters"]
-    return _template().render(
-        d=document,
-        parameters=f"{parameters:,}" if parameters else "",
-        threat_text=build.threat_text(document["threat"]),
+    title = f"{document['model']} on {document['data']}"
+    threat = build.threat_text(document["threat"])
+    return Page(
+        title=title,
+        lead=_lead(document),
+        intro=[threat] if threat else [],
         cards=_cards(report),
-        clear_text=_clear_text(report),
+        cards_title="The five numbers",
+        flags=document["flags"],
+        clear=_clear_text(report),
+        note=(
+            "Brackets are exact 95 % intervals for shares (Clopper–Pearson) and Student intervals for means: how far "
+            f"the figure could be off because only {document['n']:,} samples were measured. They say nothing about "
+            "training the model again."
+        ),
         sections=sections,
         provenance=_provenance(report),
-        settings=_settings(report),
-        all_figures=_all_figures(report),
-    )
+        command=document["command"],
+        tables=[
+            ("Settings of every part", _settings(report)),
+            (f"All {len(document['figures'])} figures", _all_figures(report)),
+        ],
+    ).html()
+
+
+def _lead(document: dict[str, Any]) -> str:
+    parameters, details = document["details"]["cost"]["parameters"], document["details"]
+    size = [f"{parameters:,} parameters"] if parameters else []
+    facts = [f"{document['n']:,} samples", f"{details['n_classes']} classes", *size, f"seed {document['seed']}"]
+    return " · ".join([*facts, document["device"]])
 
 
 def _sections(report: Report) -> list[Section]:
@@ -100,7 +95,7 @@ def _cards(report: Report) -> list[Card]:
     cards = []
     for label, name, kind in report.headline():
         if name is None:
-            cards.append(Card(label, "", "", _HOW[kind]))
+            cards.append(Card(label, "", how=_HOW[kind]))
             continue
         estimate = report[name]
         value, spread = percent(estimate.value), interval_text(estimate)
@@ -111,7 +106,7 @@ def _cards(report: Report) -> list[Card]:
             spread = "" if floor is None else f"{percent(floor.value)} would be chance alone"
         if estimate.n != report.document["n"]:
             spread = f"{spread} n = {estimate.n:,}".strip()
-        cards.append(Card(label, value, spread, ""))
+        cards.append(Card(label, value, spread))
     return cards
 
 

@@ -61,6 +61,7 @@ class Section:
     notes: Sequence[str] = ()
     examples: Sequence[Mapping[str, Any]] = ()
     examples_text: str = ""
+    examples_title: str = "What broke it"
 
 
 def percent(value: float) -> str:
