@@ -63,4 +63,14 @@ CARDS: tuple[MethodCard, ...] = (
         example="vision_robust._examples:rbf_prototype_network",
         claim="vision_robust.claims.rbf_prototype_network",
     ),
+    MethodCard(
+        slug="ibp-tightness",
+        title="Propagation tightness: how much interval bounds lose on a network, and why",
+        paper="Mao, Müller, Fischer and Vechev 2024, arXiv 2306.10426",
+        kind="measure",
+        task="image classification",
+        target="vision_robust.certified.ibp_tightness:tightness_report",
+        example="vision_robust._examples:ibp_tightness",
+        claim="vision_robust.claims.ibp_tightness",
+    ),
 )

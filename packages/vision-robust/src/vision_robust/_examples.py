@@ -6,13 +6,7 @@ from robust_core.testing import Case
 from robust_core.testing.tiny import digits, digits_cnn
 from vision_robust.inference.adaptive_smoothing import MixedClassifier
 
-__all__ = [
-    "adaptive_smoothing",
-    "dual_randomized_smoothing",
-    "fast_certified_training",
-    "robust_counterfactuals",
-    "zo_ae_ds",
-]
+__all__ = ["adaptive_smoothing", "dual_randomized_smoothing", "fast_certified_training", "ibp_tightness", "rbf_prototype_network", "robust_counterfactuals", "zo_ae_ds"]
 
 
 def adaptive_smoothing() -> Case:
@@ -96,3 +90,13 @@ def rbf_prototype_network() -> Case:
     fit(model, (x[64:], y[64:]), RobustCBCLoss(0.3), epochs=15, batch_size=32,
         optimiser=partial(torch.optim.Adam, lr=2e-2), generator=0)  # fmt: skip
     return Case(CBCCertifier(model.eval()), model, x[:24], y[:24])
+
+
+def ibp_tightness() -> Case:
+    """Return the tightness of a small network for the digits, beside its accuracies."""
+    from robust_core.threats import Linf
+    from vision_robust.certified.ibp_tightness import tightness_report
+
+    x, y = digits()
+    model = digits_cnn("adversarial")
+    return Case(lambda: tightness_report(model, (x[:32], y[:32]), Linf(0.02)).figures(), model, x[:32], y[:32])
