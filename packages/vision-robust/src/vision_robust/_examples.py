@@ -6,7 +6,16 @@ from robust_core.testing import Case
 from robust_core.testing.tiny import digits, digits_cnn
 from vision_robust.inference.adaptive_smoothing import MixedClassifier
 
-__all__ = ["adaptive_smoothing", "dual_randomized_smoothing", "fast_certified_training", "ibp_tightness", "rbf_prototype_network", "robust_counterfactuals", "zo_ae_ds"]
+__all__ = [
+    "adaptive_smoothing",
+    "crmt",
+    "dual_randomized_smoothing",
+    "fast_certified_training",
+    "ibp_tightness",
+    "rbf_prototype_network",
+    "robust_counterfactuals",
+    "zo_ae_ds",
+]
 
 
 def adaptive_smoothing() -> Case:
@@ -100,3 +109,18 @@ def ibp_tightness() -> Case:
     x, y = digits()
     model = digits_cnn("adversarial")
     return Case(lambda: tightness_report(model, (x[:32], y[:32]), Linf(0.02)).figures(), model, x[:32], y[:32])
+
+
+def crmt() -> Case:
+    """Return the certifier of a network on the upper and lower halves of the digits, after a short CRMT."""
+    from robust_core.data import load
+    from robust_core.training import fit
+    from vision_robust.certified import crmt as method
+
+    shapes = {"upper": (1, 4, 8), "lower": (1, 4, 8)}
+    encoders = {name: method.encoder_for(shape, 16, hidden=32) for name, shape in shapes.items()}
+    model = method.MultiModalClassifier(encoders, method.OrthogonalFusion((16, 16), 10))
+    view = method.Packed(model, shapes, dim=1)
+    fit(view, load("digits", split="train").subset(range(600)), method.crmt_stages(epochs=6, lr=0.05), batch_size=64)
+    x, y = digits()
+    return Case(method.MultiModalCertifier(view.eval()), view, x[:12], y[:12])

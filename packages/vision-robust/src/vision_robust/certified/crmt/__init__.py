@@ -13,6 +13,7 @@ modality's margin and weight, and trains both.
   fusion -> :class:`JointFusion`, :class:`LateFusion`
 - step 1 and its variants CRMT-AT and CRMT-Mix -> :class:`CRMTMargins`; step 2 -> :class:`CRMTWeights`; both, as a list
   of stages for ``fit`` -> :func:`crmt_stages`
+- files with one array for each modality -> :func:`load_modalities`; encoders for them -> :func:`encoder_for`
 - attacks on all or one modality -> core's own, on :class:`Packed` with :meth:`Packed.threat`; missing modalities ->
   :meth:`Packed.without`, :func:`missing_accuracy`
 
@@ -27,6 +28,7 @@ closed forms of linear models.
 """
 
 from vision_robust.certified.crmt.certify import MultiModalCertifier
+from vision_robust.certified.crmt.data import Frames, ModalityDataset, encoder_for, holds_modalities, load_modalities
 from vision_robust.certified.crmt.fusion import Fusion, JointFusion, LateFusion, OrthogonalFusion, orthonormal_rows
 from vision_robust.certified.crmt.model import MultiModalClassifier, Packed, missing_accuracy
 from vision_robust.certified.crmt.objectives import CRMTMargins, CRMTWeights, crmt_stages, unimodal_margin_loss
@@ -41,15 +43,20 @@ from vision_robust.certified.crmt.radius import (
 __all__ = [
     "CRMTMargins",
     "CRMTWeights",
+    "Frames",
     "Fusion",
     "JointFusion",
     "LateFusion",
+    "ModalityDataset",
     "MultiModalCertifier",
     "MultiModalClassifier",
     "OrthogonalFusion",
     "Packed",
     "crmt_stages",
+    "encoder_for",
     "encoder_lipschitz",
+    "holds_modalities",
+    "load_modalities",
     "margin_over_slopes",
     "missing_accuracy",
     "multimodal_radius",
