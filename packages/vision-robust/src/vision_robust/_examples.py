@@ -14,6 +14,7 @@ __all__ = [
     "ibp_tightness",
     "rbf_prototype_network",
     "robust_counterfactuals",
+    "rrcm",
     "zo_ae_ds",
 ]
 
@@ -124,3 +125,13 @@ def crmt() -> Case:
     fit(view, load("digits", split="train").subset(range(600)), method.crmt_stages(epochs=6, lr=0.05), batch_size=64)
     x, y = digits()
     return Case(method.MultiModalCertifier(view.eval()), view, x[:12], y[:12])
+
+
+def rrcm() -> Case:
+    """Return the pre-training objective on a small transformer for the digits; it reads no labels."""
+    from vision_robust.certified.rrcm import RRCM, ProjectedEncoder, TimeConditionedEncoder, noise_vit, projection_head
+
+    x, y = digits()
+    encoder = TimeConditionedEncoder(noise_vit("tiny", 8, 4, channels=1, depth=1))
+    model = ProjectedEncoder(encoder, projection_head(64, hidden=64, out=32))
+    return Case(RRCM(), model, x[:32], y[:32], {"unlabelled": True, "lr": 0.2})
