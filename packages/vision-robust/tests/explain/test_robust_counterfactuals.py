@@ -209,6 +209,12 @@ def test_simulated_model_changes_keep_the_theorem() -> None:
         assert float((difference >= eps).double().mean()) <= 1 - max(bounds) + 1e-12
         assert float((changed < r - eps).double().mean()) <= 1 - max(bounds) + 1e-12
     assert float((difference >= 0.02).double().mean()) > 0.1  # the change is no trifle
+    # straight changes M(z) = m + s u.(z - x) meet the bound's Gaussian tail: exp(-t^2 / 2) against Q(t)
+    shift = 0.5 * (points - x).mean(1)[:, 0]
+    for eps in (0.02, 0.05, 0.1):
+        failures = float((shift >= eps).double().mean())
+        allowed = 1 - stability_guarantee(eps, k, sigma, gamma_model=0, gamma_changed=0.5, sharp=True)
+        assert 0.1 * allowed < failures <= allowed
 
 
 # -- what may change ---------------------------------------------------------------------------------------------
