@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -508,3 +509,19 @@ def test_wrong_arguments_are_named() -> None:
     leaky = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64, track_running_stats=False), nn.Linear(64, 10))
     with pytest.raises(ValueError, match="other inputs of its batch"):
         DualSmoothing(DualClassifier(net, leaky, (left, right)), 0.2).certify(x)
+
+
+def test_the_claim_compares_equal_budgets_and_its_gates_pass() -> None:
+    from vision_robust.claims import dual_randomized_smoothing as claim
+
+    setting = claim._setting("digits", 0)
+    small = setting.train.subset(range(64)), setting.test.subset(range(8))
+    setting = replace(setting, train=small[0], test=small[1], n=128, epochs=(1, 1))
+    comparison = claim._Comparison(setting, 0)
+    plain, (dual, sigma) = comparison.plain(), comparison.dual()
+    assert sigma == pytest.approx(setting.sigma / math.sqrt(2.0))
+    assert len(plain) == len(dual) == 8
+    assert dual.cost["forwards"] <= 8 * (2 * 128 + 200)
+    assert plain.cost["forwards"] <= 8 * (2 * 128 + 200)
+    gates = (*claim._radius_gates(), claim._attack_gate(0), claim._coverage_gate(0))
+    assert all(gate.passed for gate in gates), gates
