@@ -26,10 +26,14 @@ from robust_core.evaluation.metrics.estimate import Estimate
 from robust_core.evaluation.metrics.shift import Baseline
 
 __all__ = [
+    "SERIES",
+    "canvas",
     "certified_curve_plot",
     "certified_curves_plot",
     "corruption_heat_map",
+    "legend",
     "per_class_plot",
+    "percent_axis",
     "png_data_url",
     "reliability_diagram",
     "risk_coverage_plot",
@@ -61,7 +65,8 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def _canvas(width: float = 4.8, height: float = 3.1) -> tuple[Figure, Axes]:
+def canvas(width: float = 4.8, height: float = 3.1) -> tuple[Figure, Axes]:
+    """Return a figure and its axes in the style of the page; sizes in inches."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
@@ -80,7 +85,8 @@ def _canvas(width: float = 4.8, height: float = 3.1) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _percent(axes: Axes, *, x: bool = False, y: bool = True) -> None:
+def percent_axis(axes: Axes, *, x: bool = False, y: bool = True) -> None:
+    """Show shares as percentages on an axis."""
     if y:
         axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -89,7 +95,8 @@ def _percent(axes: Axes, *, x: bool = False, y: bool = True) -> None:
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
-def _legend(axes: Axes, **kwargs: Any) -> None:
+def legend(axes: Axes, **kwargs: Any) -> None:
+    """Draw the legend in the style of the page."""
     axes.legend(frameon=False, labelcolor=INK, fontsize=8, handlelength=1.6, **kwargs)
 
 
@@ -109,7 +116,7 @@ def security_curve_plot(
         unit: label of the axis.
         marks: (eps, accuracy, label) of further attacks.
     """
-    figure, axes = _canvas()
+    figure, axes = canvas()
     low, high = _ends(accuracy)
     axes.fill_between(eps, low, high, color=ACCENT, alpha=0.18, linewidth=0)
     axes.plot(
@@ -121,15 +128,15 @@ def security_curve_plot(
         axes.errorbar(
             [position], [estimate.value], yerr=error, fmt="D", color=WARM, markersize=5, capsize=3, label=label
         )
-    _percent(axes)
+    percent_axis(axes)
     axes.set_xlabel(unit)
     axes.set_ylabel("accuracy")
     if marks:
-        _legend(axes, loc="best")
+        legend(axes, loc="best")
     return figure
 
 
-_SERIES = (
+SERIES = (
     (ACCENT, "o", "-"),
     (WARM, "s", "--"),
     (COOL, "D", "-."),
@@ -137,29 +144,30 @@ _SERIES = (
     (WARM, "v", "-"),
     (COOL, "P", ":"),
 )
+"""(colour, marker, line style) of the first, second, ... of several curves."""
 
 
 def security_curves_plot(curves: Sequence[tuple[str, Sequence[float], Sequence[Estimate]]], *, unit: str) -> Figure:
     """Plot the security curves of several models: (name, radii, accuracy at each)."""
-    figure, axes = _canvas()
+    figure, axes = canvas()
     for number, (name, eps, accuracy) in enumerate(curves):
-        colour, marker, style = _SERIES[number % len(_SERIES)]
+        colour, marker, style = SERIES[number % len(SERIES)]
         low, high = _ends(accuracy)
         axes.fill_between(eps, low, high, color=colour, alpha=0.14, linewidth=0)
         values = [a.value for a in accuracy]
         axes.plot(eps, values, color=colour, marker=marker, linestyle=style, markersize=3.5, label=name[:32])
-    _percent(axes)
+    percent_axis(axes)
     axes.set_xlabel(unit)
     axes.set_ylabel("accuracy under attack")
-    _legend(axes, loc="best")
+    legend(axes, loc="best")
     return figure
 
 
 def trade_off_plot(points: Sequence[tuple[str, Estimate, Estimate]]) -> Figure:
     """Plot accuracy under attack against clean accuracy, one (name, clean, attacked) for each model."""
-    figure, axes = _canvas()
+    figure, axes = canvas()
     for number, (name, clean, attacked) in enumerate(points):
-        colour, marker, _ = _SERIES[number % len(_SERIES)]
+        colour, marker, _ = SERIES[number % len(SERIES)]
         errors = []
         for estimate in (clean, attacked):
             low, high = estimate.interval or (estimate.value, estimate.value)
@@ -180,7 +188,7 @@ def trade_off_plot(points: Sequence[tuple[str, Estimate, Estimate]]) -> Figure:
     axes.set_ylim(-0.02, None)
     axes.set_xlabel("clean accuracy")
     axes.set_ylabel("accuracy under attack")
-    _legend(axes, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    legend(axes, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return figure
 
 
@@ -203,7 +211,7 @@ def certified_curve_plot(
     """
     from robust_core.certificates.statistics import clopper_pearson
 
-    figure, axes = _canvas()
+    figure, axes = canvas()
     low, high = clopper_pearson(np.rint(accuracy * n), np.full(len(accuracy), n), 0.05)
     end = max([float(radius[-1]), *(eps for eps, _, _ in attacked)]) * 1.05 or 1.0
     r, a = np.append(radius, end), np.append(accuracy, 0.0)
@@ -214,33 +222,33 @@ def certified_curve_plot(
     for eps, value, label in attacked:
         axes.plot([eps], [value], "D", color=WARM, markersize=4.5, label=None if label in shown else label)
         shown.add(label)
-    _percent(axes)
+    percent_axis(axes)
     axes.set_xlim(-0.02 * end, end)
     axes.set_xlabel(unit)
     axes.set_ylabel("accuracy")
-    _legend(axes, loc="upper right")
+    legend(axes, loc="upper right")
     return figure
 
 
 def certified_curves_plot(curves: Sequence[tuple[str, np.ndarray, np.ndarray]], *, unit: str) -> Figure:
     """Plot the certified accuracy of several certifiers: (name, (K,) ascending levels, (K,) accuracy at each)."""
-    figure, axes = _canvas()
+    figure, axes = canvas()
     end = max(float(radius[-1]) for _, radius, _ in curves) * 1.05 or 1.0
     for number, (name, radius, accuracy) in enumerate(curves):
-        colour, _, style = _SERIES[number % len(_SERIES)]
+        colour, _, style = SERIES[number % len(SERIES)]
         r, a = np.append(radius, end), np.append(accuracy, 0.0)
         axes.step(r, a, where="pre", color=colour, linestyle=style, linewidth=1.6, label=name[:44])
-    _percent(axes)
+    percent_axis(axes)
     axes.set_xlim(-0.02 * end, end)
     axes.set_xlabel(unit)
     axes.set_ylabel("certified accuracy")
-    _legend(axes, loc="upper right")
+    legend(axes, loc="upper right")
     return figure
 
 
 def corruption_heat_map(names: Sequence[str], severities: Sequence[int], accuracy: np.ndarray) -> Figure:
     """Plot accuracy for each corruption (row) and severity (column), (C, S)."""
-    figure, axes = _canvas(4.8, 0.75 + 0.27 * len(names))
+    figure, axes = canvas(4.8, 0.75 + 0.27 * len(names))
     axes.grid(visible=False)
     image = axes.pcolormesh(np.flipud(accuracy), cmap="cividis", vmin=0, vmax=1, edgecolors="face", linewidth=0.2)
     for row in range(len(names)):
@@ -268,7 +276,7 @@ def corruption_heat_map(names: Sequence[str], severities: Sequence[int], accurac
 
 def reliability_diagram(diagram: Reliability) -> Figure:
     """Plot accuracy against stated confidence; the area of a dot is the share of the samples in its bin."""
-    figure, axes = _canvas(4.0, 3.4)
+    figure, axes = canvas(4.0, 3.4)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="confidence = accuracy")
     full = diagram.count > 0
     x, y = diagram.confidence[full], diagram.accuracy[full]
@@ -277,20 +285,20 @@ def reliability_diagram(diagram: Reliability) -> Figure:
     axes.scatter(
         x, y, s=size, color=ACCENT, edgecolors=PAPER, linewidths=0.8, zorder=3, clip_on=False, label="predictions"
     )
-    _percent(axes, x=True)
+    percent_axis(axes, x=True)
     axes.set_xlabel("stated confidence")
     axes.set_ylabel("accuracy")
-    _legend(axes, loc="upper left")
+    legend(axes, loc="upper left")
     return figure
 
 
 def risk_coverage_plot(coverage: np.ndarray, risk: np.ndarray) -> Figure:
     """Plot the error among the most confident predictions against the share that is kept."""
-    figure, axes = _canvas(4.0, 3.4)
+    figure, axes = canvas(4.0, 3.4)
     keep = np.unique(np.linspace(0, len(coverage) - 1, min(len(coverage), 300)).astype(int))
     axes.plot(coverage[keep], risk[keep], color=ACCENT, linewidth=1.8)
     axes.fill_between(coverage[keep], 0, risk[keep], color=ACCENT, alpha=0.14, linewidth=0)
-    _percent(axes, x=True, y=False)
+    percent_axis(axes, x=True, y=False)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     axes.set_ylim(0, max(0.02, float(risk.max()) * 1.1))
     axes.set_xlabel("share of predictions kept, most confident first")
@@ -302,7 +310,7 @@ def per_class_plot(
     names: Sequence[str], accuracy: Sequence[Estimate], *, robust: Sequence[Estimate] | None = None
 ) -> Figure:
     """Plot the accuracy of each class with its interval, worst first; with ``robust``, that under attack beside it."""
-    figure, axes = _canvas(4.8, 0.8 + 0.24 * len(names))
+    figure, axes = canvas(4.8, 0.8 + 0.24 * len(names))
     rows = np.arange(len(names))[::-1]
 
     def dots(estimates: Sequence[Estimate], colour: str, label: str, lift: float) -> None:
@@ -314,8 +322,8 @@ def per_class_plot(
     dots(accuracy, ACCENT, "clean", 0.14 if robust else 0)
     if robust:
         dots(robust, WARM, "under attack", -0.14)
-        _legend(axes, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.55 / (0.8 + 0.24 * len(names))), ncols=2)
-    _percent(axes, x=True, y=False)
+        legend(axes, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.55 / (0.8 + 0.24 * len(names))), ncols=2)
+    percent_axis(axes, x=True, y=False)
     axes.set_yticks(rows, list(names))
     axes.set_ylim(-0.7, len(names) - 0.3)
     axes.set_xlabel("accuracy")
@@ -329,7 +337,7 @@ def shift_scatter(points: Sequence[tuple[str, float, float]], *, baseline: Basel
         points: (name, accuracy in distribution, accuracy under the shift).
         baseline: the line of the declared baselines, drawn with its bootstrap band over their range only.
     """
-    figure, axes = _canvas(4.0, 3.4)
+    figure, axes = canvas(4.0, 3.4)
     axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="no loss under the shift")
     if baseline is not None:
         grid = np.linspace(min(baseline.acc_id), max(baseline.acc_id), 80)
@@ -351,12 +359,12 @@ def shift_scatter(points: Sequence[tuple[str, float, float]], *, baseline: Basel
         )
     seen = [v for _, a, b in points for v in (a, b)] + [*(baseline.acc_id + baseline.acc_shift if baseline else ())]
     low_end = max(0.0, np.floor(10 * (min(seen, default=0.0) - 0.05)) / 10)
-    _percent(axes, x=True)
+    percent_axis(axes, x=True)
     axes.set_xlim(low_end, 1.01)
     axes.set_ylim(low_end, 1.01)
     axes.set_xlabel("accuracy in distribution")
     axes.set_ylabel("accuracy under the shift")
-    _legend(axes, loc="upper left")
+    legend(axes, loc="upper left")
     return figure
 
 
