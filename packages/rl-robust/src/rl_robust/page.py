@@ -85,8 +85,8 @@ def _returns(report: PolicyReport) -> Section:
     header = ["attack", "mean return", "95 % interval", "worst tenth", "lost", "mean length"]
     alt = "; ".join(f"{row[0]}: mean return {row[1]}" for row in rows)
     text = (
-        "Every attack plays the same episodes with the same noise. A curve to the left is a worse attack: the worst one "
-        "found is an upper bound of what a better attacker would leave."
+        "Every attack plays the same episodes with the same noise. A curve to the left is a worse attack: the worst "
+        "one found is an upper bound of what a better attacker would leave."
     )
     caption = "How many episodes bring at least a return."
     return Section(
@@ -111,8 +111,8 @@ def _certificate(report: PolicyReport) -> Section | None:
     rows = [[f"{radius:g}", number(float(value))] for radius, value in zip(eps, bound, strict=True)]
     text = (
         f"With confidence {1 - about['alpha']:g} the expected return of the policy under noise {about['sigma']:g} is "
-        "at least this, against every attacker of observations whose changes of an episode have the Euclidean length on "
-        f"the axis, however they adapt. From {about['n']:,} fresh episodes ({about['method']}); returns are at least "
+        "at least this, against every attacker of observations whose changes of an episode have the Euclidean length "
+        f"on the axis, however they adapt. From {about['n']:,} fresh episodes ({about['method']}); returns are at least "
         f"{about['lower']:g}."
     )
     alt = "; ".join(f"{row[1]} at {row[0]}" for row in rows)
