@@ -3,7 +3,8 @@
 Quick scale: the bundled digits (8x8, all training and test images), a network of four hidden layers of 64 units, Adam
 at 2e-3, batches of 64, 25 epochs of which the radius grows over the first 8, gradients clipped at 10, Linf 0.05 and
 0.1; the regularisers on a narrow CNN-7 (8 channels) for Fashion-MNIST (2,000 training and 1,000 test images drawn by
-the seed, Linf 0.1, 5 epochs of which 3 grow). Full scale: CIFAR-10 as in the paper (CNN-7, 160 epochs, 2/255 and 8/255).
+the seed, Linf 0.1, 5 epochs of which 3 grow). Full scale: CIFAR-10 as in the paper (CNN-7, 160 epochs, 2/255 and
+8/255).
 
 Verified accuracy counts test images that are classified right and certified, rounding included, by interval bounds.
 Figures of the warm-up are means over its epochs, measured after each at its own radius on the test images. The arms

@@ -9,7 +9,6 @@ and the running ones are updated once, by the clean pass (Shi et al. 2021, arXiv
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -25,8 +24,6 @@ __all__ = ["Statistics", "clean_pass", "with_statistics"]
 
 Statistics = dict[int, list[tuple[Tensor, Tensor]]]
 """Memory of a running mean -> (mean, 1 / std) of the batch, (C,) each, for each call in order."""
-
-_CALL = signature(F.batch_norm)
 
 
 def clean_pass(model: nn.Module, x: Tensor) -> tuple[Tensor, Statistics]:
@@ -77,20 +74,33 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is not F.batch_norm:
-            return func(*args, **(kwargs or {}))
-        call = _CALL.bind(*args, **(kwargs or {}))
-        call.apply_defaults()
-        named = call.arguments
-        if not named["training"]:
-            return func(*args, **(kwargs or {}))
-        x, mean = named["input"], named["running_mean"]
-        if x.numel() == x.shape[1]:
-            raise ValueError(f"x of shape {tuple(x.shape)}: batch normalisation needs more than one value per channel")
-        rest = (named["weight"], named["bias"], mean, named["running_var"], named["momentum"], named["eps"])
-        out, batch_mean, inverse_std = _Normalise.apply(x, *rest)  # pyright: ignore[reportGeneralTypeIssues]
-        key = 0 if mean is None else mean.data_ptr()
-        self.seen.setdefault(key, []).append((batch_mean, inverse_std))
+        if func is F.batch_norm:
+            return self._batch_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Stand for ``F.batch_norm``, whose arguments these are."""
+        if not training:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        if input.numel() == input.shape[1]:
+            raise ValueError(
+                f"x of shape {tuple(input.shape)}: batch normalisation needs more than a value per channel"
+            )
+        out, mean, inverse_std = _Normalise.apply(  # pyright: ignore[reportGeneralTypeIssues]
+            input, weight, bias, running_mean, running_var, momentum, eps
+        )
+        key = 0 if running_mean is None else running_mean.data_ptr()
+        self.seen.setdefault(key, []).append((mean, inverse_std))
         return out
 
 

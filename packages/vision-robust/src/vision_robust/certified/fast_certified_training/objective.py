@@ -83,11 +83,11 @@ def tightness_loss(boxes: Sequence[Box], start: Box, *, tolerance: float = 0.5) 
         A scalar in [0, 1]: the mean over layers of ``max(0, tau - E[delta_0] / E[delta_i]) / tau``.
     """
     first = start.radius.mean()
-    total = first.new_zeros(())
-    for box in boxes:
-        ratio = first / box.radius.mean().clamp(min=torch.finfo(first.dtype).tiny)
-        total = total + (tolerance - ratio).clamp(min=0)
-    return total / (tolerance * max(len(boxes), 1))
+    if not boxes:
+        return torch.zeros_like(first)
+    radii = torch.stack([box.radius.mean() for box in boxes])
+    ratio = first / radii.clamp(min=torch.finfo(first.dtype).tiny)
+    return (tolerance - ratio).clamp(min=0).mean() / tolerance
 
 
 def relu_balance_loss(boxes: Sequence[Box], *, tolerance: float = 0.5) -> Tensor:
@@ -101,21 +101,21 @@ def relu_balance_loss(boxes: Sequence[Box], *, tolerance: float = 0.5) -> Tensor
         A scalar in [0, 2]: the mean over layers of ``(max(0, tau - alpha) + max(0, tau - beta)) / tau``, where alpha
         and beta are the smaller over the larger of the two sums. Where one of them is 0, the term is 0.
     """
-    total = boxes[0].centre.new_zeros(()) if boxes else torch.zeros(())
-    for box in boxes:
-        centre, radius = box.centre, box.radius
-        active, inactive = (centre > radius).to(centre.dtype), (centre < -radius).to(centre.dtype)
-        spread = (centre - centre.mean()).square()
-        # Sums over the masked units stand for the means over all of them: the number of units cancels.
-        total = total + _imbalance((centre * active).sum(), -(centre * inactive).sum(), tolerance)
-        total = total + _imbalance((spread * active).sum(), (spread * inactive).sum(), tolerance)
-    return total / (tolerance * max(len(boxes), 1))
-
-
-def _imbalance(first: Tensor, second: Tensor, tolerance: float) -> Tensor:
-    low, high = torch.minimum(first, second), torch.maximum(first, second)
+    if not boxes:
+        return torch.zeros(())
+    # Sums over the masked units stand for the means over all of them: the number of units cancels.
+    active, inactive = torch.stack([_masked_sums(box) for box in boxes]).abs().unbind(1)
+    low, high = torch.minimum(active, inactive), torch.maximum(active, inactive)
     ratio = low / torch.where(high > 0, high, 1.0)
-    return torch.where(low > 0, (tolerance - ratio).clamp(min=0), 0.0)
+    return torch.where(low > 0, (tolerance - ratio).clamp(min=0), 0.0).sum(1).mean() / tolerance
+
+
+def _masked_sums(box: Box) -> Tensor:
+    """Return (2, 2): sums over active, then inactive units, of centres and of their squared distance to the mean."""
+    centre, radius = box.centre, box.radius
+    values = torch.stack([centre, (centre - centre.mean()).square()]).flatten(1)
+    masks = torch.stack([centre > radius, centre < -radius]).flatten(1)
+    return masks.to(values.dtype) @ values.t()
 
 
 class FastCertified(RandomObjective):
@@ -186,7 +186,8 @@ class FastCertified(RandomObjective):
         # Half precision would round away the radii.
         with torch.autocast(x.device.type, enabled=False):
             found = self.propagate(model, batch, eps=max(eps, LEAST_EPS) if weight else eps, kappa=kappa)
-            natural, robust = F.cross_entropy(found.logits, y), robust_cross_entropy(found.margins, y)
+            natural = F.cross_entropy(found.logits.detach() if eps else found.logits, y)
+            robust = robust_cross_entropy(found.margins, y)
             total, parts = robust if eps else natural, {"natural": natural, "robust": robust}
             if weight:
                 boxes = [box for _, box in found.activations]

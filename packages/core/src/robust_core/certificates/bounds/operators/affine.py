@@ -316,6 +316,12 @@ class Scale(Affine):
         scale = self.parts()[0]
         return rows if scale is None else rows * scale
 
+    def evaluate(self, *values: Tensor) -> Tensor:
+        scale, shift, _ = self.parts()
+        if scale is None or shift is None or values[0].shape[1:] != self.shape:
+            return super().evaluate(*values)
+        return torch.addcmul(shift, values[0], scale)  # one pass over the values
+
     def bias(self) -> Tensor | None:
         return self.parts()[1]
 

@@ -41,17 +41,23 @@ class BatchNorm(Scale):
         super().__init__(label, in_shapes, shape, self._running_parts, roundings=16)
         self.mean, self.var, self.weight, self.offset, self.eps = mean, var, weight, offset, eps
 
-    def _running_parts(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _running_parts(self) -> tuple[Tensor, Tensor, None]:
         return self._parts(self.mean(), torch.rsqrt(self.var() + self.eps))
 
-    def _parts(self, mean: Tensor, inverse_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _parts(self, mean: Tensor, inverse_std: Tensor) -> tuple[Tensor, Tensor, None]:
         wide = (-1, *[1] * (len(self.shape) - 1))
         scale = inverse_std if self.weight is None else inverse_std * self.weight()
-        moved = mean * scale
+        shift = -mean * scale if self.offset is None else torch.addcmul(self.offset(), mean, scale, value=-1)
+        return scale.reshape(wide), shift.reshape(wide), None
+
+    def bias_size(self) -> Tensor:
+        """Return ``|mean * scale| + |offset|`` or more, from the shift that is their difference."""
+        shift = self.parts()[1]
+        if shift is None:
+            raise RuntimeError("a batch normalisation has a shift")
         if self.offset is None:
-            return scale.reshape(wide), -moved.reshape(wide), moved.abs().reshape(wide)
-        size = moved.abs() + self.offset().abs()
-        return scale.reshape(wide), (self.offset() - moved).reshape(wide), size.reshape(wide)
+            return shift.abs()
+        return shift.abs() + 2 * self.offset().abs().reshape(shift.shape)
 
     def with_statistics(self, mean: Tensor, inverse_std: Tensor) -> Self:
         """Return the same layer with the statistics (C,) of one batch, worked out once and differentiable."""
