@@ -96,7 +96,7 @@ def rbf_prototype_network() -> Case:
     from vision_robust.explain.rbf_prototype_network import CBC, CBCCertifier, RobustCBCLoss
 
     x, y = digits()
-    model = CBC(10, (1, 8, 8), 20, generator=0).initialise(x[64:], generator=0, sigma=2.0)
+    model = CBC(10, (1, 8, 8), 20, generator=0).initialise(x[64:], y[64:], generator=0)
     fit(model, (x[64:], y[64:]), RobustCBCLoss(0.3), epochs=15, batch_size=32,
         optimiser=partial(torch.optim.Adam, lr=2e-2), generator=0)  # fmt: skip
     return Case(CBCCertifier(model.eval()), model, x[:24], y[:24])

@@ -393,9 +393,13 @@ def test_initial_values_come_from_data() -> None:
     assert float(euclidean_distance(model.components.points, rows).amin(1).max()) < 1e-6
     assert len({tuple(p.tolist()) for p in model.components.points}) == 20
     delta = model.components.distances(x).double()
-    rule = float((delta.mean() + delta.std(correction=0)) / math.log(100))
+    rule = math.sqrt(float(delta.square().mean() + delta.square().std(correction=0)) / math.log(100))
     assert math.isclose(float(model.components.sigma[0]), rule, rel_tol=1e-5)
     same = CBC(10, (1, 8, 8), 20).initialise(x, generator=3)
+    y = digits()[1]
+    for positive in (False, True):
+        told = CBC(10, (1, 8, 8), 20, positive=positive).initialise(x, y, generator=3)
+        assert (predict_logits(told, x).argmax(1) == y).double().mean() > 0.6  # before any training
     assert torch.equal(same.components.points, model.components.points)
     flat = CBC(10, (1, 8, 8), 6, distance="tangent", subspace_dim=3).initialise(x, generator=3)
     free = CBC(10, (1, 8, 8), 6).initialise(x, generator=3)

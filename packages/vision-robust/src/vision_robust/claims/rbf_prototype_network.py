@@ -1,12 +1,12 @@
 """Robust prototype-based networks (arXiv:2412.15499): does training for the certificate pay, and how loose is it?
 
-Quick scale: digits 8x8; full scale: MNIST's successor Fashion-MNIST (10,000 training and 2,000 test images). 20
-components, two concepts for each class, prototypes from U(0.45, 0.55), sigma from 2 (full: 7.6), Adam 5e-3, batches of
-128. Two networks differ in the loss alone: the margin of scores (0.3), and the hinge of the certified radius (kappa
-0.6). Certified accuracy counts test samples that are right and certified at a radius in L2, in percentage points; the
-"published" bound is the paper's formula, the tight one is ours. The paper's comparison is made at the length of
-training that its pilot used here (60 epochs), and again after four times as many, where neither loss falls any more:
-an advantage that is one of speed alone should not be taken for one of robustness.
+Quick scale: digits 8x8; full scale: Fashion-MNIST (10,000 training and 2,000 test images). 20 components, two concepts
+for each class, prototypes from U(0.45, 0.55), sigma from 2 (full: 7.6), Adam 5e-3, batches of 128. Networks differ in
+their loss: the margin of scores (0.3), or the hinge of the certified radius (kappa 0.6; full: 1.58). Certified accuracy
+counts test samples that are right and certified at a radius in L2, in percentage points; the "published" bound is the
+paper's formula, the tight one is ours. The paper's comparison is made after 60 epochs, and again after 240, since an
+advantage that is one of speed should not be taken for one of robustness; and once more from our own start (k-means++
+prototypes, sigma by the rule, reasoning from labels; 60 epochs).
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from vision_robust.explain.rbf_prototype_network import (
 __all__ = ["STATEMENTS", "run"]
 
 RADII = (0.05, 0.1, 0.2, 0.3, 0.5)
-KAPPA = 0.6
 _POINTS = "percentage points"
 _SCALE = "at this scale networks and data are not the paper's (MNIST, kappa 1.58)"
 
@@ -107,6 +106,32 @@ STATEMENTS: tuple[Statement, ...] = (
         margin=1.0,
         reason="the bound is ours",
     ),
+    Statement(
+        text="Started from labelled data, training for the certificate raises certified accuracy.",
+        metric="certified accuracy by the published bound at L2 0.2, robust loss, against the margin loss, both from "
+        "our start, 60 epochs",
+        figure="robust_loss_0.2_from_labels",
+        unit=_POINTS,
+        margin=0.0,
+        reason="the start is ours",
+    ),
+    Statement(
+        text="Then it costs no clean accuracy.",
+        metric="clean accuracy, robust loss, against the margin loss, both from our start, 60 epochs",
+        figure="robust_loss_clean_from_labels",
+        unit=_POINTS,
+        margin=-1.0,
+        reason="the start is ours",
+    ),
+    Statement(
+        text="Starting the reasoning from labels raises certified accuracy by 15 points or more (ours).",
+        metric="certified accuracy by the tight bound at L2 0.2, robust loss, our start, against the same without "
+        "labels (control: the same prototypes and sigma, random reasoning), 60 epochs",
+        figure="labels_0.2",
+        unit=_POINTS,
+        margin=15.0,
+        reason="the start is ours",
+    ),
 )
 
 
@@ -115,19 +140,24 @@ class _Setting:
     train: Dataset
     test: Dataset
     sigma: float
+    kappa: float
     epochs: tuple[int, int]
 
 
 def _setting(scale: Scale) -> _Setting:
     if scale == "quick":
-        return _Setting(load("digits", split="train"), load("digits", split="test"), 2.0, (60, 240))
+        return _Setting(load("digits", split="train"), load("digits", split="test"), 2.0, 0.6, (60, 240))
     train, test = load("fashion_mnist", split="train"), load("fashion_mnist", split="test")
-    return _Setting(train.subset(range(10_000)), test.subset(range(2_000)), 7.6, (60, 240))
+    return _Setting(train.subset(range(10_000)), test.subset(range(2_000)), 7.6, 1.58, (60, 240))
 
 
-def _train(setting: _Setting, objective: torch.nn.Module, epochs: int, seed: int) -> CBC:
+def _train(setting: _Setting, loss: str, epochs: int, seed: int, *, start: str = "published") -> CBC:
+    objective = CBCMarginLoss(0.3) if loss == "margin" else RobustCBCLoss(setting.kappa)
     shape = tuple(setting.train.batch(range(1))["x"].shape[1:])
     model = CBC(setting.train.n_classes, shape, 20, concepts_per_class=2, sigma=setting.sigma, generator=seed)
+    if start != "published":
+        batch = setting.train.batch(range(len(setting.train)))
+        model.initialise(batch["x"], batch["y"] if start == "labels" else None, generator=seed)
     fit(model, setting.train, objective, epochs=epochs, batch_size=128, generator=seed,
         optimiser=partial(torch.optim.Adam, lr=5e-3))  # fmt: skip
     return model.eval().requires_grad_(False)
@@ -140,34 +170,44 @@ def run(seed: int, scale: Scale) -> Figures:
     x, y = batch["x"], batch["y"]
     short, long = setting.epochs
     models = {
-        (name, epochs): _train(setting, objective, epochs, seed)
-        for epochs in (short, long)
-        for name, objective in (("margin", CBCMarginLoss(0.3)), ("robust", RobustCBCLoss(KAPPA)))
+        "margin": _train(setting, "margin", short, seed),
+        "robust": _train(setting, "robust", short, seed),
+        "margin, long": _train(setting, "margin", long, seed),
+        "robust, long": _train(setting, "robust", long, seed),
+        "margin, labels": _train(setting, "margin", short, seed, start="labels"),
+        "robust, labels": _train(setting, "robust", short, seed, start="labels"),
+        "robust, no labels": _train(setting, "robust", short, seed, start="inputs"),
     }
 
-    def certified(name: str, method: str, radius: float, *, epochs: int = short, walls: bool = False) -> float:
-        chosen = CBCCertifier(models[name, epochs], method, domain=(0.0, 1.0) if walls else None)  # pyright: ignore
+    def certified(name: str, method: str, radius: float, *, walls: bool = False) -> float:
+        chosen = CBCCertifier(models[name], method, domain=(0.0, 1.0) if walls else None)  # pyright: ignore
         return 100 * chosen.certify(x, y).accuracy(y, radius)
 
-    clean = {
-        name: 100 * float((models[name, short](x).argmax(1) == y).double().mean()) for name in ("margin", "robust")
-    }
+    def published(radius: float, *names: str) -> tuple[float, ...]:
+        return tuple(certified(name, "published", radius) for name in names)
+
+    def tight(radius: float, *names: str) -> tuple[float, ...]:
+        return tuple(certified(name, "tight", radius) for name in names)
+
+    def clean(*names: str) -> tuple[float, ...]:
+        return tuple(100 * float((models[name](x).argmax(1) == y).double().mean()) for name in names)
+
     pairs = {
-        "robust_loss_0.2": (certified("robust", "published", 0.2), certified("margin", "published", 0.2)),
-        "robust_loss_0.3": (certified("robust", "published", 0.3), certified("margin", "published", 0.3)),
-        "robust_loss_clean": (clean["robust"], clean["margin"]),
-        "robust_loss_0.2_long": (
-            certified("robust", "published", 0.2, epochs=long),
-            certified("margin", "published", 0.2, epochs=long),
-        ),
-        "robust_loss_0.2_tight": (certified("robust", "tight", 0.2), certified("margin", "tight", 0.2)),
-        "tight_0.2": (certified("margin", "tight", 0.2), certified("margin", "published", 0.2)),
-        "tight_0.2_of_robust_loss": (certified("robust", "tight", 0.2), certified("robust", "published", 0.2)),
-        "domain_0.3": (certified("margin", "tight", 0.3, walls=True), certified("margin", "tight", 0.3)),
+        "robust_loss_0.2": published(0.2, "robust", "margin"),
+        "robust_loss_0.3": published(0.3, "robust", "margin"),
+        "robust_loss_clean": clean("robust", "margin"),
+        "robust_loss_0.2_long": published(0.2, "robust, long", "margin, long"),
+        "robust_loss_0.2_tight": tight(0.2, "robust", "margin"),
+        "tight_0.2": (*tight(0.2, "margin"), *published(0.2, "margin")),
+        "tight_0.2_of_robust_loss": (*tight(0.2, "robust"), *published(0.2, "robust")),
+        "domain_0.3": (certified("margin", "tight", 0.3, walls=True), *tight(0.3, "margin")),
+        "robust_loss_0.2_from_labels": published(0.2, "robust, labels", "margin, labels"),
+        "robust_loss_clean_from_labels": clean("robust, labels", "margin, labels"),
+        "labels_0.2": tight(0.2, "robust, labels", "robust, no labels"),
     }
-    gates = (*_formulas(), _order(models["margin", short], x), _random_models(seed), *(
-        _attacked(f"no PGD-200 inside a certified radius, {name} loss", models[name, short], x, y, seed)
-        for name in ("margin", "robust")
+    gates = (*_formulas(), _order(models["margin"], x), _random_models(seed), *(
+        _attacked(f"no PGD-200 inside a certified radius: {name}", models[name], x, y, seed)
+        for name in ("margin", "robust", "robust, labels")
     ))  # fmt: skip
     return Figures(
         {name: measured for name, (measured, _) in pairs.items()},
@@ -196,9 +236,7 @@ def _order(model: CBC, x: Tensor) -> Gate:
     # The formula is in float32, and the tight bound pays for the rounding of the model that runs.
     lost = float((formula - tight.radius).max())
     good = lost < 2e-3 and bool((walls.radius >= tight.radius * (1 - 1e-9)).all())
-    return Gate(
-        "published <= tight <= tight in the domain", good, f"formula above the tight bound by {lost:.1e} at most"
-    )
+    return Gate("published <= tight <= tight in the domain", good, f"formula above tight by {lost:.1e} at most")
 
 
 def _attacked(name: str, model: CBC, x: Tensor, y: Tensor, seed: int) -> Gate:

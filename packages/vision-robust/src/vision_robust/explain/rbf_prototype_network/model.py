@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from robust_core.checks import check_inputs, check_labels
 from robust_core.models import frozen
@@ -14,6 +15,9 @@ from vision_robust.explain.rbf_prototype_network.components import Components
 from vision_robust.explain.rbf_prototype_network.reasoning import Reasoning
 
 __all__ = ["CBC", "PrototypeExplanation", "RBFClassifier"]
+
+_NEIGHBOURS = 10
+"""Training samples whose labels say what a prototype begins as."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,34 @@ class CBC(nn.Module):
         self.reasoning = Reasoning(n_components, n_classes, concepts_per_class, positive=positive, generator=generator)
 
     def initialise(
-        self, x: Tensor, *, points: str = "kmeans++", sigma: float | None = None, generator: Seed = None
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        points: str = "kmeans++",
+        sigma: float | None = None,
+        generator: Seed = None,
     ) -> CBC:
-        """Start prototypes and sigma from training inputs (N, ...); see :meth:`Components.initialise`."""
+        """Start from training data: prototypes and sigma from inputs, reasoning from labels where they are given.
+
+        Without labels every class begins with the same random reasoning, and prototypes that suit nobody early on are
+        driven out of the data. With them a class begins by asking for the prototypes around which its samples lie.
+
+        Args:
+            x: (N, ...) training inputs.
+            y: (N,) their labels.
+            points: see :meth:`Components.initialise`.
+            sigma: the same.
+            generator: the same.
+        """
         self.components.initialise(x, points=points, sigma=sigma, generator=generator)
+        if y is not None:
+            check_labels(y, len(x), self.reasoning.n_classes)
+            with torch.no_grad():
+                distances = self.components.distances(x.to(self.components.points))
+                nearest = distances.topk(min(len(x), _NEIGHBOURS), dim=0, largest=False).indices
+                shares = functional.one_hot(y.to(nearest.device)[nearest], self.reasoning.n_classes).double().mean(0)
+            self.reasoning.prefer(shares)
         return self
 
     def forward(self, x: Tensor) -> Tensor:

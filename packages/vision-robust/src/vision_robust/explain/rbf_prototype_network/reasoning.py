@@ -73,6 +73,17 @@ class Reasoning(nn.Module):
         m = n_classes * concepts_per_class
         self.logits = nn.Parameter(initial_reasoning(m, n_components, positive=positive, generator=generator))
 
+    @torch.no_grad()
+    def prefer(self, shares: Tensor, *, gain: float = 6.0) -> None:
+        """Let classes ask for the presence, and not for the absence, of components that are theirs.
+
+        Args:
+            shares: (K, C) how much each component is each class's, in [0, 1].
+            gain: added to the logits of presence, taken from those of absence.
+        """
+        wanted = gain * shares.mT.repeat_interleave(self.concepts_per_class, 0).to(self.logits)
+        self.logits.add_(wanted if self.positive else torch.cat([wanted, -wanted], dim=1))
+
     def weights(self) -> tuple[Tensor, Tensor]:
         """Return (M, K) ``r_plus`` and ``r_minus``; over both, each row sums to 1."""
         r = self.logits.softmax(1)
