@@ -201,7 +201,11 @@ def _row(
     if not len(kept):
         fields = [f for f in Row.__dataclass_fields__ if f not in given and f not in ("found", "reached")]
         return Row(found=share, reached=reached, **dict.fromkeys(fields, nothing), **given)
-    bounds = validity_bounds(kept.points, recourse, models, alpha=alpha, family="simultaneous")
+    judged = dict.fromkeys(("validity", "validity_low", "validity_high", "worst"), nothing)
+    if models:
+        bounds = validity_bounds(kept.points, recourse, models, alpha=alpha, family="simultaneous")
+        judged = {"validity": bounds.mean, "validity_low": bounds.mean_lower, "validity_high": bounds.mean_upper}
+        judged["worst"] = float(bounds.lower.min())
     lof = nothing if reference is None else float(outlier_score(kept.points, reference).double().mean())
     return Row(
         found=share,
@@ -210,11 +214,8 @@ def _row(
         cost_l1=float(kept.cost("L1").mean()),
         changed_features=float(kept.cost("L0").mean()),
         stability=float(kept.stability.mean()),
-        validity=bounds.mean,
-        validity_low=bounds.mean_lower,
-        validity_high=bounds.mean_upper,
-        worst=float(bounds.lower.min()),
         lof=lof,
+        **judged,
         **given,
     )
 
@@ -233,7 +234,8 @@ def evaluate_counterfactuals(
     Args:
         found: name -> what a generator returned.
         recourse: the question; its target and threshold judge.
-        models: changed models that no search has seen (:func:`retrain_models`).
+        models: changed models that no search has seen (:func:`retrain_models`); without any, validity under change
+            stays open (NaN).
         reference: (N, ...) ordinary inputs for the local outlier factor, e.g. the training data.
         alpha: failure probability of each interval, and of the least bound over all counterfactuals of a method.
         on_step: called with (methods done, methods).
@@ -241,8 +243,8 @@ def evaluate_counterfactuals(
     Raises:
         ValueError: nothing to evaluate.
     """
-    if not found or not models:
-        raise ValueError(f"{len(found)} methods and {len(models)} changed models: at least one of each is needed")
+    if not found:
+        raise ValueError("found is empty: give at least one method's counterfactuals")
     rows = []
     for name, proposals in found.items():
         rows.append(_row(name, proposals, recourse, models, reference, alpha))
