@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -525,3 +526,36 @@ def test_the_claim_compares_equal_budgets_and_its_gates_pass() -> None:
     assert plain.cost["forwards"] <= 8 * (2 * 128 + 200)
     gates = (*claim._radius_gates(), claim._attack_gate(0), claim._coverage_gate(0))
     assert all(gate.passed for gate in gates), gates
+
+
+def test_from_the_command_line_halves_are_trained_saved_and_certified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from robust_core.cli.main import main
+    from vision_robust.recipes import find
+    from vision_robust.recipes.base import Proof
+
+    monkeypatch.chdir(tmp_path)
+
+    def vision(*words: str) -> dict[str, Any]:
+        with pytest.raises(SystemExit) as end:
+            main(["vision", *words, "--method", "dual-randomized-smoothing", "--sigma", "0.2", "--json"])
+        assert end.value.code == 0
+        return json.loads(capsys.readouterr().out)
+
+    own = ("--set", "feed=zero", "--set", "pretrain_epochs=5", "--set", "objective=gaussian")
+    made = vision("harden", "--out", "halves", "--epochs", "4", "--n", "400", "--learning-rate", "0.01", *own)
+    assert made["figures"]["clean/accuracy"]["value"] > 0.4
+    words = ("--model", "saved:halves", "--n", "24", "--n-samples", "300")
+    shown = vision("certify", *words)
+    assert shown["model_sha256"] == made["model_sha256"]
+    assert shown["figures"]["certified/acr"]["value"] > 0.02
+    config = json.loads((tmp_path / "halves" / "model.json").read_text())["config"]
+    assert config["feed"] == "zero"
+    recipe = find("dual-randomized-smoothing")
+    assert recipe.certifier is not None
+    assert recipe.restore is not None
+    with pytest.raises(TypeError, match="not the two halves"):
+        recipe.certifier(digits_cnn(), Proof(L2(0.1)), recipe.certify_settings())
+    with pytest.raises(ValueError, match="two halves need"):
+        recipe.restore({**config, "more": 1}, tmp_path)
