@@ -26,6 +26,8 @@ from robust_core.certificates import Smoothing
 from robust_core.data import load
 from robust_core.data.views import flip
 from robust_core.models import fingerprint
+from robust_core.settings import NoSettings
+from robust_core.threats import L2
 from robust_core.training import NoiseConsistency, cosine, fit, scheduled
 from vision_robust.certified.denoised_smoothing import Denoised, DiffusionDenoiser
 from vision_robust.certified.rrcm import (
@@ -48,6 +50,8 @@ from vision_robust.certified.rrcm import (
     projection_head,
     time_embedding,
 )
+from vision_robust.recipes.base import Job, Proof
+from vision_robust.recipes.rrcm import RECIPE, Settings, restore
 
 LIGHT = settings(deadline=None, derandomize=True, max_examples=25)
 
@@ -670,6 +674,60 @@ def test_two_steps_of_the_full_recipe_on_data_of_the_true_shape() -> None:
     state = fit(classifier, data, **preset.tuning(classifier, 4), n_classes=3, on_step=lambda state, _: state.step < 2)
     assert state.step == 2
     assert classifier.smoothing(n_samples=20, n0=4).certify(data[0][0][None]).cost["forwards"] >= 24
+
+
+# -- command line --
+
+
+def job_for(folder: Path, model: nn.Module | None = None, words: str | None = None) -> Job:
+    data = load("digits", split="train").subset(range(96))
+    folder.mkdir()
+    return Job(
+        model=model, words=words, weights=None, train=data, threat=L2(0.25), sigma=0.25, epochs=1, learning_rate=1e-3,
+        batch_size=48, precision="float32", seed=3, device=torch.device("cpu"), out=folder,
+        load=lambda part, n: data, on_step=lambda what, done, total: None,
+    )  # fmt: skip
+
+
+def backbone() -> nn.Module:
+    """What ``--model`` would name: features come out."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Tanh())
+
+
+def test_what_the_command_trains_comes_back_from_disk_as_the_same_function(tmp_path: Path) -> None:
+    settings = Settings(patch=4, pretraining_epochs=1, pretraining_batch_size=48, hidden=16, final_norm=False)
+    words = f"{__name__}:backbone"
+    for name, job in (
+        ("vit", job_for(tmp_path / "vit")),
+        ("own", job_for(tmp_path / "own", backbone(), words)),
+    ):
+        trained = RECIPE.harden(job, settings)  # pyright: ignore[reportOptionalCall]
+        config = json.loads(json.dumps(trained.config))
+        assert config["backbone"] == (None if name == "vit" else words)
+        if name == "own":
+            continue
+        again = restore(config, job.out)
+        again.load_state_dict(trained.model.state_dict())
+        assert fingerprint(again.eval()) == fingerprint(trained.model)
+        proof = Proof(L2(0.25), sigma=0.9, n_samples=50)
+        certifier = RECIPE.certifier(again, proof, NoSettings())  # pyright: ignore[reportOptionalCall]
+        assert isinstance(certifier, Smoothing)
+        assert (certifier.sigma, certifier.n_samples) == (0.25, 50)
+    with pytest.raises(TypeError, match="saved:FOLDER"):
+        RECIPE.certifier(nn.Linear(2, 2), Proof(L2(0.25)), NoSettings())  # pyright: ignore[reportOptionalCall]
+    with pytest.raises(ValueError, match="needs"):
+        restore({"size": "tiny"}, tmp_path)
+
+
+def test_one_pretrained_encoder_serves_another_run(tmp_path: Path) -> None:
+    first = job_for(tmp_path / "first")
+    RECIPE.harden(first, Settings(patch=4, pretraining_epochs=1, pretraining_batch_size=48, hidden=16))  # pyright: ignore
+    second, told = job_for(tmp_path / "second"), str(first.out / "encoder.safetensors")
+    RECIPE.harden(replace(second, sigma=0.5), Settings(patch=4, pretrained=told))  # pyright: ignore
+    assert (second.out / "encoder.safetensors").read_bytes() == Path(told).read_bytes()
+    assert not (second.out / "pretraining.jsonl").exists()
+    with pytest.raises(ValueError, match="no such file"):
+        Settings(pretrained=str(tmp_path / "nothing.safetensors"))
 
 
 # -- two real processes --

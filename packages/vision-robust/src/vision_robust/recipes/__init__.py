@@ -42,6 +42,7 @@ RECIPES: Mapping[str, Entry] = MappingProxyType(
         "comp-sum": _TRAINING,
         "gaussian-training": _TRAINING,
         "adaptive-smoothing": Entry(f"{_HERE}.adaptive_smoothing", ("harden",)),
+        "crmt": Entry(f"{_HERE}.crmt", ("harden", "certify")),
         "dual-randomized-smoothing": Entry(f"{_HERE}.dual_randomized_smoothing", ("harden", "certify")),
         "rbf-prototype-network": Entry(f"{_HERE}.rbf_prototype_network", ("harden", "certify", "explain")),
         "rrcm": Entry(f"{_HERE}.rrcm", ("harden", "certify")),
