@@ -1,7 +1,9 @@
 """Tightness agrees with closed forms, finite differences, interval bounds, linear programs and brute force."""
 
 import itertools
+import json
 import math
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -11,7 +13,9 @@ from hypothesis import given, settings
 from scipy.optimize import linprog
 from torch import Tensor, nn
 
+import vision_robust.claims.ibp_tightness as claim
 from robust_core.certificates import IntervalBounds
+from robust_core.data import as_dataset
 from robust_core.errors import UnsupportedLayerError
 from robust_core.evaluation import evaluate
 from robust_core.models import predict_logits
@@ -31,6 +35,7 @@ from vision_robust.certified.ibp_tightness import (
     tightness_report,
     true_tightness,
 )
+from vision_robust.cli.app import app
 
 BOUNDLESS = Linf(0.1, domain=None)
 
@@ -353,13 +358,15 @@ def test_a_report_counts_units_and_samples() -> None:
     assert report.figures()["accuracy"] == float((prediction == y).double().mean())
     certificate = IntervalBounds(net, threat).certify(x, y)
     assert 0 < report.figures()["verified_accuracy"] == certificate.accuracy(y)
-    conv: nn.Module = net.get_submodule("0")
-    first = conv(x)
-    radius = ((x + 0.004).clamp(max=1) - (x - 0.004).clamp(min=0)) / 2
-    reach = nn.functional.conv2d(radius, conv.get_parameter("weight").abs(), padding=1)
-    layer = report.layers[0]
-    assert layer.inactive == pytest.approx(float((first + reach < 0).double().mean()), abs=2e-3)
-    assert layer.active == pytest.approx(float((first - reach >= 0).double().mean()), abs=2e-2)
+    conv: nn.Module = net.get_submodule("0").double()
+    high, low = (x.double() + 0.004).clamp(max=1), (x.double() - 0.004).clamp(min=0)
+    centre = conv((high + low) / 2)
+    reach = nn.functional.conv2d((high - low) / 2, conv.get_parameter("weight").abs(), padding=1)
+    layer, off = report.layers[0], centre + reach < 0
+    assert layer.inactive == pytest.approx(float(off.double().mean()), abs=1e-9)
+    assert layer.active == pytest.approx(float((centre - reach >= 0).double().mean()), abs=1e-9)
+    assert layer.dead == pytest.approx(float(off.all(0).double().mean()), abs=1e-9)
+    assert layer.growth == pytest.approx(float((reach.mean() / ((high - low) / 2).mean()).detach()), rel=1e-9)
     assert layer.active + layer.inactive + layer.unstable == pytest.approx(1)
     assert report.layers[1].growth > layer.growth > 1
     assert report.quantile(0) <= report.quantile(0.5) <= report.quantile(1)
@@ -385,6 +392,44 @@ def test_smooth_activations_have_no_states() -> None:
     assert math.isnan(report.layers[0].active)
     assert "growth/1" in report.figures()
     assert "active/1" not in report.figures()
+
+
+@pytest.mark.quick
+def test_the_shell_measures_tightness(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "robust_core.testing.tiny:digits_cnn", "--data", "digits", "--n", "12", "--eps", "0.01"]
+    app(["evaluate", *words, "--parts", "tightness", "--json"], standalone_mode=False)
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert 0 < figures["tightness/tightness"]["value"] < 1
+    assert {"tightness/accuracy", "tightness/verified_accuracy"} <= set(figures)
+    with pytest.raises(TypeError, match="Linf"):
+        app(["evaluate", *words, "--parts", "tightness", "--norm", "l2"], standalone_mode=False)
+
+
+# -- the claim --
+
+
+def test_the_claim_reports_every_figure_that_it_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = claim._setting("quick")
+    little = {"train": usual.train.subset(range(192)), "test": usual.test.subset(range(64))}
+    small = replace(usual, **little, widths=(16, 24), epochs=4, ramp=(1, 2))
+    monkeypatch.setattr(claim, "_setting", lambda scale: small)
+    found = claim.run(3, "quick")
+    named = {name for s in claim.STATEMENTS for name in ([s.figure] if isinstance(s.figure, str) else s.figure)}
+    assert named == set(found.measured) == set(found.baseline)
+    assert all(math.isfinite(value) for value in found.measured.values())
+    assert all(gate.passed for gate in found.gates if gate.name != "no network collapsed")
+
+
+def test_full_scale_takes_two_steps_on_images_of_the_true_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(4, 3, 32, 32, generator=seeded(0))
+    images = as_dataset((x, torch.tensor([0, 9, 3, 5])))
+    monkeypatch.setattr(claim, "load", lambda name, split: images)
+    full = claim._setting("full")
+    assert full.schedule(full.large)(81 / 160) == full.large > full.schedule(full.large)(80 / 160)
+    setting = replace(full, epochs=1, ramp=(1, 1), options={**full.options, "batch_size": 2})
+    for objective in (setting.intervals(setting.large), claim.SABR(Linf(setting.small), setting.ratio)):
+        model = claim._train(setting, claim.ibp_init_(setting.network(8, generator=0), x), objective, 0)
+        assert 0 < tightness_report(model, images, Linf(setting.small)).mean <= 1
 
 
 # -- bad input --

@@ -183,7 +183,8 @@ def evaluate(
     parts: Annotated[
         str,
         typer.Option(
-            help="Comma-separated: clean, calibration, adversarial, curve, corruptions, certified, translation."
+            help="Comma-separated: clean, calibration, adversarial, curve, corruptions, certified, tightness, "
+            "translation."
         ),
     ] = "clean,calibration,adversarial,curve,corruptions",
     weights: Weights = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from robust_core.evaluation import (
     TranslationConsistency,
 )
 from robust_core.threats import parse_threat
+from vision_robust.certified.ibp_tightness import Tightness
 from vision_robust.models import load_model
 
 __all__ = ["Setting", "choose_parts", "load_data", "prepare"]
@@ -86,18 +88,31 @@ def load_data(
     """
     if ("/" in data or data.endswith(".npz")) and not Path(data).exists() and root is None:
         raise ResourceError(f"--data {data}: no such file or folder")
+    read = _reader(data, root)
     try:
-        dataset = load(data, split or part or "test", root, size=size)
+        dataset = read(data, split or part or "test", root, size=size)
     except (ValueError, DataMissingError):
         if split is not None or not Path(data).exists():
             raise
-        dataset = load(data, "all", root, size=size)
+        dataset = read(data, "all", root, size=size)
         if part is not None:
             is_test = part == "test"
             dataset = dataset.subset([i for i in range(len(dataset)) if (i % 5 == 0) == is_test])
     if n is None or n >= len(dataset):
         return dataset
     return dataset.subset(torch.linspace(0, len(dataset) - 1, n).round().long().tolist())
+
+
+def _reader(data: str, root: Path | None) -> Callable[..., Dataset]:
+    """Return what reads ``data``: a file with one array for each modality is packed, all else core knows."""
+    path = Path(data).expanduser() if root is None else root / data
+    if path.suffix != ".npz" or not path.is_file():
+        return load
+    from vision_robust.certified.crmt import holds_modalities, load_modalities
+
+    if not holds_modalities(path):
+        return load
+    return lambda _data, split, _root, *, size: load_modalities(path, split)
 
 
 def parse_normalise(text: str | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -125,6 +140,7 @@ def choose_parts(
         "curve": lambda: SecurityCurve(threat),
         "corruptions": lambda: Corruptions(profile=profile or size_profile),
         "certified": lambda: Certified(Smoothing(setting.model, sigma, n_samples=10_000)),
+        "tightness": lambda: Tightness(threat),
         "translation": lambda: TranslationConsistency(),
     }
     names = [word.strip() for word in words.split(",") if word.strip()]

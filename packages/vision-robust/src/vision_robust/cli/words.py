@@ -14,7 +14,7 @@ __all__ = ["CERTIFIERS", "PARTS", "PRECISIONS", "PROFILES", "SCHEMES", "SPLITS",
 
 SCHEMES = ("torchvision", "timm", "bundled", "saved", "onnx", "http", "https", "callable")
 CERTIFIERS = ("smoothing", "interval", "crown", "crown-ibp", "alpha-crown", "lipschitz")
-PARTS = ("clean", "calibration", "adversarial", "curve", "corruptions", "certified", "translation")
+PARTS = ("clean", "calibration", "adversarial", "curve", "corruptions", "certified", "tightness", "translation")
 VERSIONS = ("standard", "plus", "rand", "fast")
 PROFILES = ("imagenet", "cifar", "small")
 PRECISIONS = ("float32", "bf16", "fp16")

@@ -24,7 +24,7 @@ from robust_core.certificates.bounds.graph import operator_of
 from robust_core.certificates.bounds.operators import Operator, Rectifier
 from robust_core.checks import check_count, check_number
 from robust_core.errors import CertificationError, UnsupportedLayerError
-from robust_core.threats import Linf
+from robust_core.threats import Threat
 from vision_robust.certified.ibp_tightness.local import box_region, double_graph, output_rows
 
 __all__ = ["exact_bounds", "true_tightness"]
@@ -145,7 +145,7 @@ def _interval_ends(analysis: Analysis, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve(
-    model: nn.Module, x: Tensor, y: Tensor | None, threat: Linf, max_units: int, time_limit: float
+    model: nn.Module, x: Tensor, y: Tensor | None, threat: Threat, max_units: int, time_limit: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return exact lower and upper ends, and those of intervals, (B, R) float64 each."""
     check_count("max_units", max_units, low=0)
@@ -172,7 +172,7 @@ def exact_bounds(
     x: Tensor,
     y: Tensor | None = None,
     *,
-    threat: Linf,
+    threat: Threat,
     max_units: int = 50,
     time_limit: float = 60.0,
 ) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ def true_tightness(
     x: Tensor,
     y: Tensor | None = None,
     *,
-    threat: Linf,
+    threat: Threat,
     max_units: int = 50,
     time_limit: float = 60.0,
 ) -> Tensor:

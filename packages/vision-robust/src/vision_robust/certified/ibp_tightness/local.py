@@ -16,9 +16,9 @@ from robust_core.certificates.bounds.operators import Rectifier, contract
 from robust_core.certificates.bounds.region import Region
 from robust_core.checks import check_count, check_inputs, check_labels
 from robust_core.models import model_device
-from robust_core.threats import Linf
+from robust_core.threats import Linf, Threat
 
-__all__ = ["box_region", "double_graph", "local_tightness", "local_widths", "output_rows"]
+__all__ = ["box_region", "check_box", "double_graph", "graph_widths", "local_tightness", "local_widths", "output_rows"]
 
 
 def double_graph(model: nn.Module, x: Tensor) -> Graph:
@@ -31,17 +31,22 @@ def double_graph(model: nn.Module, x: Tensor) -> Graph:
     return trace(copy.deepcopy(model).double().eval().requires_grad_(False), x.double(), fixed=True)
 
 
-def box_region(x: Tensor, threat: Linf) -> Region:
-    """Return the box of a threat around ``x`` in float64; cut with the domain, its half-widths are the radii.
+def check_box(threat: Threat) -> None:
+    """Refuse threats that are no box with an inside.
 
     Raises:
         TypeError: another threat than Linf.
-        ValueError: a radius of 0, or inputs outside the domain.
+        ValueError: a radius of 0.
     """
     if not isinstance(threat, Linf):
         raise TypeError(f"threat is {threat!r}; tightness speaks of boxes: Linf(eps) is needed")
     if threat.eps == 0:
         raise ValueError("threat has eps=0: a point has no width to be tight about; give a radius above 0")
+
+
+def box_region(x: Tensor, threat: Threat) -> Region:
+    """Return the box of a threat around ``x`` in float64; cut with the domain, its half-widths are the radii."""
+    check_box(threat)
     check_inputs(x, threat.domain)
     return Region.of(threat, x.double(), threat.eps)
 
@@ -147,7 +152,7 @@ def graph_widths(graph: Graph, region: Region, rows: Tensor, max_elements: int) 
 
 
 def local_widths(
-    model: nn.Module, x: Tensor, y: Tensor | None = None, *, threat: Linf, max_elements: int = 2**24
+    model: nn.Module, x: Tensor, y: Tensor | None = None, *, threat: Threat, max_elements: int = 2**24
 ) -> tuple[Tensor, Tensor]:
     """Return the half-widths of the margins of the network linearised at each input: exact, and of intervals.
 
@@ -174,7 +179,7 @@ def local_widths(
 
 
 def local_tightness(
-    model: nn.Module, x: Tensor, y: Tensor | None = None, *, threat: Linf, max_elements: int = 2**24
+    model: nn.Module, x: Tensor, y: Tensor | None = None, *, threat: Threat, max_elements: int = 2**24
 ) -> Tensor:
     """Return (B, K - 1) or (B, K) in [0, 1]: the local tightness of interval bounds, NaN where they have width 0.
 

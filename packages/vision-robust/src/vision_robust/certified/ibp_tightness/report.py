@@ -20,8 +20,8 @@ from robust_core.evaluation.metrics.estimate import Estimate, mean, proportion, 
 from robust_core.evaluation.parts import Part, Summary
 from robust_core.evaluation.run import Batch, Measured, Run
 from robust_core.models import model_device
-from robust_core.threats import Linf
-from vision_robust.certified.ibp_tightness.local import box_region, double_graph, graph_widths, output_rows
+from robust_core.threats import Threat
+from vision_robust.certified.ibp_tightness.local import box_region, check_box, double_graph, graph_widths, output_rows
 
 __all__ = ["Layer", "Tightness", "TightnessReport", "tightness_report"]
 
@@ -104,7 +104,7 @@ class TightnessReport:
 class _Meter:
     """Measures batch after batch on one float64 copy of a model."""
 
-    def __init__(self, model: nn.Module, threat: Linf, max_elements: int = 2**24) -> None:
+    def __init__(self, model: nn.Module, threat: Threat, max_elements: int = 2**24) -> None:
         self.model, self.threat = model, threat
         self.max_elements = check_count("max_elements", max_elements)
         self.certifier = IntervalBounds(model, threat)
@@ -174,7 +174,7 @@ class _Meter:
         return self.known.nodes[position].shape
 
 
-def tightness_report(model: nn.Module, data: Any, threat: Linf, *, batch_size: int = 256) -> TightnessReport:
+def tightness_report(model: nn.Module, data: Any, threat: Threat, *, batch_size: int = 256) -> TightnessReport:
     """Measure a model on a data set.
 
     In a training: ``fit(..., on_epoch=lambda state: tightness_report(state.model, held_out, threat).figures())``, or
@@ -210,9 +210,12 @@ class Tightness(Part):
     """
 
     kind: ClassVar[str] = "tightness"
-    threat: Linf
+    threat: Threat
     subset: int | None = None
     name: str = "tightness"
+
+    def __post_init__(self) -> None:
+        check_box(self.threat)
 
     def run(self, run: Run) -> Summary:
         """Measure ``run.model``."""
