@@ -285,7 +285,6 @@ def test_training_certifies_and_no_attack_leaves_the_bounds(tmp_path: Path) -> N
     attacked = PGD(threat, n_iter=50, loss="margin").run(net, x, y)
     assert bool((attacked.success <= ~verified).all())
     assert bool((verified <= correct).all())
-    assert bool((~attacked.success <= correct).all())
     lower, upper = IntervalBounds(net, threat).bounds(x)
     draw = torch.Generator().manual_seed(0)
     points = [(x + 0.05 * (2 * torch.rand(x.shape, generator=draw) - 1)).clamp(0, 1) for _ in range(20)]

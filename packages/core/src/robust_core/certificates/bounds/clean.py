@@ -94,7 +94,7 @@ class _Watch(TorchFunctionMode):
             return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
         if input.numel() == input.shape[1]:
             raise ValueError(
-                f"x of shape {tuple(input.shape)}: batch normalisation needs more than a value per channel"
+                f"x of shape {tuple(input.shape)}: batch normalisation needs more than one value per channel"
             )
         out, mean, inverse_std = _Normalise.apply(  # pyright: ignore[reportGeneralTypeIssues]
             input, weight, bias, running_mean, running_var, momentum, eps
