@@ -28,7 +28,7 @@ from vision_robust.explain.rbf_prototype_network import (
 )
 from vision_robust.recipes.base import Explanation, Job, Proof, Recipe, Trained
 
-__all__ = ["RECIPE", "CertifySettings", "ExplainSettings", "Settings"]
+__all__ = ["RECIPE", "CertifySettings", "ExplainSettings", "Settings", "enclosing_radius"]
 
 _UNIT = (0.0, 1.0)
 _CONFIG = ("n_classes", "shape", "n_components", "concepts_per_class", "distance", "subspace_dim", "positive")
@@ -75,7 +75,7 @@ class ExplainSettings:
     top: int = 5
 
 
-def _enclosing_radius(threat: Threat, size: int) -> float:
+def enclosing_radius(threat: Threat, size: int) -> float:
     """Return the radius of the L2 ball that holds the threat, for inputs of ``size`` elements."""
     return threat.eps * math.sqrt(size) if threat.name == "Linf" else threat.eps
 
@@ -97,7 +97,7 @@ def harden(job: Job, settings: Settings) -> Trained:
     first = start.batch(range(len(start)))
     model.initialise(first["x"], first["y"], points=settings.start, sigma=settings.sigma, generator=job.seed)
     model.to(job.device)
-    kappa = settings.kappa or _enclosing_radius(job.threat, math.prod(job.shape)) or None
+    kappa = settings.kappa or enclosing_radius(job.threat, math.prod(job.shape)) or None
     objective = CBCMarginLoss(settings.margin) if settings.loss == "margin" else RobustCBCLoss(kappa)
     optimiser = partial(torch.optim.Adam, lr=settings.rate_factor * job.learning_rate)
     job.fit(model, objective, name="prototypes", optimiser=optimiser, schedule=None)
