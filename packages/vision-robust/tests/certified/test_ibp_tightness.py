@@ -411,7 +411,7 @@ def test_the_shell_measures_tightness(capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_claim_reports_every_figure_that_it_states(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = claim._setting("quick")
     little = {"train": usual.train.subset(range(192)), "test": usual.test.subset(range(64))}
-    small = replace(usual, **little, widths=(16, 24), epochs=4, ramp=(1, 2))
+    small = replace(usual, **little, widths=(16, 24), epochs=4, ramp=(1, 2), small=0.002, large=0.004)
     monkeypatch.setattr(claim, "_setting", lambda scale: small)
     found = claim.run(3, "quick")
     named = {name for s in claim.STATEMENTS for name in ([s.figure] if isinstance(s.figure, str) else s.figure)}

@@ -345,7 +345,9 @@ def _soundness(
     threat = Linf(setting.small)
     certificate = IntervalBounds(model, threat).certify(x, y)
     rows = certificate.certified.nonzero().flatten()
-    broken = int(PGD(threat, n_iter=20).run(model, x[rows], certificate.prediction[rows]).success.sum())
+    broken = 0
+    if len(rows):
+        broken = int(PGD(threat, n_iter=20).run(model, x[rows], certificate.prediction[rows]).success.sum())
     accuracies = {name: float(report.correct.mean()) for name, report in reports.items() if name != "initial"}
     worst = min(accuracies, key=lambda name: accuracies[name])
     return (
