@@ -112,8 +112,8 @@ def _certificate(report: PolicyReport) -> Section | None:
     text = (
         f"With confidence {1 - about['alpha']:g} the expected return of the policy under noise {about['sigma']:g} is "
         "at least this, against every attacker of observations whose changes of an episode have the Euclidean length "
-        f"on the axis, however they adapt. From {about['n']:,} fresh episodes ({about['method']}); returns are at least "
-        f"{about['lower']:g}."
+        f"on the axis, however they adapt. From {about['n']:,} fresh episodes ({about['method']}); returns are at "
+        f"least {about['lower']:g}."
     )
     alt = "; ".join(f"{row[1]} at {row[0]}" for row in rows)
     plot = plot_of(figure, f"Certified return: {alt}.", "certificate", "curve", "One curve, one confidence statement.")
