@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from robust_core.certificates import clopper_pearson_lower
-from robust_core.data import Column, load
+from robust_core.data import Column, Dataset, load
 from robust_core.errors import CertificationError, CheckpointError
 from robust_core.testing.conformance import left_as_found
 from robust_core.testing.tiny import digits, digits_cnn
@@ -523,3 +523,27 @@ def test_the_claim_measures_what_it_states(monkeypatch: pytest.MonkeyPatch) -> N
     assert named == set(figures.measured) == set(figures.baseline)
     exact = [gate for gate in figures.gates if "good" not in gate.name]
     assert all(gate.passed for gate in exact), exact
+
+
+def test_the_full_scale_of_the_claim_takes_data_of_the_true_shape(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from vision_robust.claims import robust_counterfactuals as claim
+
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(1, 5, (1000, 20), generator=generator)
+    numeric = {1, 4, 7, 10, 12, 15, 17}
+    lines = [
+        " ".join([*(f"{'' if j in numeric else f'A{j}'}{draws[i, j]}" for j in range(20)), str(1 + i % 2)])
+        for i in range(1000)
+    ]
+    (tmp_path / "german.data").write_text("\n".join(lines) + "\n")
+    monkeypatch.setenv("ROBUST_DATA", str(tmp_path))
+    images = Dataset(torch.rand(400, 1, 28, 28, generator=generator), torch.arange(400) % 10)
+    monkeypatch.setattr(claim, "load", lambda name, split: images if name == "mnist5k" else load(name, split))
+    monkeypatch.setattr(claim, "CONFIDENCES", (0.6,))
+    small_full = replace(claim.FULL, epochs=2, n_models=1, n_queries=2, n_samples=10)
+    monkeypatch.setattr(claim, "FULL", small_full)
+    figures = claim.run(0, "full")
+    assert set(figures.data_sha256) == {"german_credit", "mnist5k 3 and 8"}
+    assert all(gate.passed for gate in figures.gates if "good" not in gate.name)

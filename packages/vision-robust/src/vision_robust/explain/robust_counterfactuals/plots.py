@@ -53,13 +53,19 @@ def changes(columns: Sequence[Column], before: Tensor, after: Tensor) -> list[tu
     return sorted(found, key=lambda change: -abs(change[3]))
 
 
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def changes_plot(columns: Sequence[Column], before: Tensor, after: Tensor, *, top: int = 12) -> Figure:
     """Plot the largest changes of one row, as shares of each column's range, labelled in the user's units."""
     found = changes(columns, before, after)
     shown = found[:top][::-1]
     figure, axes = canvas(5.6, 0.7 + 0.24 * max(len(shown), 1))
     axes.barh(range(len(shown)), [c[3] for c in shown], color=[_COOL if c[3] > 0 else _WARM for c in shown])
-    axes.set_yticks(range(len(shown)), [f"{name}: {old} → {new}" for name, old, new, _ in shown], fontsize=7)
+    axes.set_yticks(
+        range(len(shown)), [f"{name}: {_short(old)} → {_short(new)}" for name, old, new, _ in shown], fontsize=7
+    )
     axes.axvline(0, color=_INK, linewidth=0.6)
     axes.set_xlabel("change, as a share of the column's range")
     if len(found) > top:
