@@ -15,6 +15,7 @@ walks back through the graph and carries the rows along. Where they meet an elem
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -260,7 +261,10 @@ class PartsCertifier(LipschitzCertifier):
         return self._radius_of(graph, x, y, pairs, rounding, moving)[0]
 
     def about(self) -> About:
-        """Return what the certificates speak of."""
-        moving = "all parts" if len(self.moving) == len(self.parts) else f"parts {self.moving} alone"
+        """Return what the certificates speak of: where some parts rest, the model as a function of the others."""
         whole = super().about()
-        return replace(whole, method=f"parts {self.parts} of dimension {self.dim}, {moving} moving; {whole.method}")
+        if len(self.moving) == len(self.parts):
+            return replace(whole, method=f"parts {self.parts} of dimension {self.dim}; {whole.method}")
+        method = f"parts {self.moving} of {self.parts} of dimension {self.dim} moving alone; {whole.method}"
+        text = f"{whole.fingerprint} {self.parts} {self.dim} {self.moving}"
+        return About("restricted", hashlib.sha256(text.encode()).hexdigest(), whole.norm, method)

@@ -15,7 +15,7 @@ modality's margin and weight, and trains both.
   of stages for ``fit`` -> :func:`crmt_stages`
 - files with one array for each modality -> :func:`load_modalities`; encoders for them -> :func:`encoder_for`
 - attacks on all or one modality -> core's own, on :class:`Packed` with :meth:`Packed.threat`; missing modalities ->
-  :meth:`Packed.without`, :func:`missing_accuracy`
+  :meth:`Packed.without`, :class:`MissingModalities` in any evaluation
 
 Two things differ from the official code, which the paper's text does not follow there: it orthogonalises each row
 alone, so that rows are merely normalised (here all rows of a modality are orthonormal), and it estimates Lipschitz
@@ -29,6 +29,7 @@ closed forms of linear models.
 
 from vision_robust.certified.crmt.certify import MultiModalCertifier
 from vision_robust.certified.crmt.data import Frames, ModalityDataset, encoder_for, holds_modalities, load_modalities
+from vision_robust.certified.crmt.evaluation import MissingModalities
 from vision_robust.certified.crmt.fusion import Fusion, JointFusion, LateFusion, OrthogonalFusion, orthonormal_rows
 from vision_robust.certified.crmt.model import MultiModalClassifier, Packed, missing_accuracy
 from vision_robust.certified.crmt.objectives import CRMTMargins, CRMTWeights, crmt_stages, unimodal_margin_loss
@@ -47,6 +48,7 @@ __all__ = [
     "Fusion",
     "JointFusion",
     "LateFusion",
+    "MissingModalities",
     "ModalityDataset",
     "MultiModalCertifier",
     "MultiModalClassifier",

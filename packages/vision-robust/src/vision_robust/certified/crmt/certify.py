@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +22,8 @@ class MultiModalCertifier:
     for every fusion here, for class weights of any sign, and for encoders of layers that core can bound.
 
     What is certified is the model in eval mode, with all its modalities; of a view ``without`` some, the model that
-    remains, whose missing inputs nobody can change.
+    remains. Where only some modalities are attacked, it is the model as a function of those, the others being what
+    they are in each sample: ``about.function`` is "restricted", and an attack on all of the input says nothing of it.
 
     Args:
         view: the packed classifier; left as found.
@@ -42,10 +42,12 @@ class MultiModalCertifier:
         if not attacked or any(name not in present for name in attacked):
             raise ValueError(f"attacked={tuple(attacked)}: names of {', '.join(present)} are needed")
         self.view, self.attacked = view, tuple(attacked)
-        places = [view.names.index(name) for name in attacked]
+        # What a view does not read may change with all that is attacked: the certificate is then of the whole input.
+        moving = view.names if set(attacked) == set(present) else attacked
+        places = sorted(view.names.index(name) for name in moving)
         self._certifier = PartsCertifier(view, view.lengths, "L2", dim=view.along, moving=places)
 
-    def certify(self, x: Tensor, y: Tensor | None = None, **more: Any) -> Certificate:
+    def certify(self, x: Tensor, y: Tensor | None = None) -> Certificate:
         """Certify packed inputs (B, ...); rows that the model does not take for ``y`` stay unknown.
 
         Returns:
@@ -56,7 +58,7 @@ class MultiModalCertifier:
             TypeError, ValueError: bad arguments.
             UnsupportedLayerError: a layer without a sound rule.
         """
-        found = self._certifier.certify(x, y, **more)
+        found = self._certifier.certify(x, y)
         details = dict(found.details)
         alone = details.pop("part_radius")
         for place, name in enumerate(self.view.names):

@@ -117,7 +117,7 @@ def _part(
         if len(x) != len(y) or not len(x) or x.ndim < 2:
             raise ValueError(f"{path}: {key} has shape {x.shape}; ({len(y)}, ...) is needed, a row for each label")
         try:
-            tensor = to_unit_tensor(x[:, None] if x.ndim == 3 else x)
+            tensor = to_unit_tensor(np.array(x[:, None] if x.ndim == 3 else x))  # what was read may not be written to
         except TypeError as error:
             raise TypeError(f"{path}: {key}: {error}") from error
         if not bool(((tensor >= 0) & (tensor <= 1)).all()):
