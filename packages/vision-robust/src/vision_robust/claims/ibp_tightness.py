@@ -6,6 +6,13 @@ Full scale: CIFAR-10 at 2/255 and 8/255, CNN7 (twice as wide), the paper's sched
 the margins over test inputs, whose boxes are cut with [0, 1]; verified accuracy is that of rigorous interval bounds.
 Random networks and embeddings do not depend on the scale. Statements and margins were fixed before the first run on
 these seeds; epochs and learning rate come from a pilot on held-out training data of another seed.
+
+Found over ten seeds at the quick scale: the laws of initialisation and embedding hold to about a percent, training
+raises tightness from 0.02 (standard) to 0.71 and 0.83, and SABR gives up 0.18 of it for 0.7 points of clean accuracy.
+Two statements stay open. Against a standard network of another kind (three hidden layers instead of four, no batch
+normalisation) the rise is 8.8 to 11.5 times, ten in the mean: that network has a layer less through which bounds
+multiply. And four times the width certifies 1.5 points more at the small radius, in eight runs of ten, but not clearly
+more at the large one (0.9 points, six runs of ten).
 """
 
 from __future__ import annotations
