@@ -1,6 +1,7 @@
 """What a model has learned and why it says what it says, as matplotlib figures; pyplot is never touched.
 
-Cool bars and cells speak for a class, warm ones against it; hatched bars are evidence by absence.
+Heat maps are blue where presence is wanted, red where absence is. In accounts of one input blue is the class that won,
+brown the next; hatched bars are evidence by absence.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def explanation_plot(
         model: the classifier.
         x: one input, with a batch dimension.
         classes: names.
-        top: how many components to show.
+        top: how many components to show: those that tell the two classes apart the most.
         radius: certified radius to mention.
 
     Raises:
@@ -99,8 +100,8 @@ def explanation_plot(
         ranked = model(x).topk(2, dim=1).indices[0]
     other = model.explain(x, ranked[1:])
     names = [str(c) for c in range(model.reasoning.n_classes)] if classes is None else list(classes)
-    contribution = (account.present + account.absent)[0]
-    shown = contribution.topk(min(top, len(contribution))).indices.tolist()
+    ahead = (account.present + account.absent - other.present - other.absent)[0].abs()
+    shown = ahead.topk(min(top, len(ahead))).indices.tolist()
     figure = _figure(6.4, 0.9 + 0.52 * len(shown))
     left, middle, right = cast("Sequence[Any]", figure.subfigures(1, 3, width_ratios=(1.1, 0.5, 2.0)))
     proof = "" if radius is None else f"\ncertified L2 {radius:.3g}"
