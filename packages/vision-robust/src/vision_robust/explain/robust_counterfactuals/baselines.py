@@ -162,7 +162,7 @@ class StableNeighbor:
         score = self.recourse.score
         total = torch.zeros_like(x)
         with frozen(score.model), torch.enable_grad():
-            for rows in torch.arange(len(x), device=x.device).split(score.batch_size):
+            for rows in torch.arange(len(x), device=x.device).split(score.rows(x)):
                 for i in range(self.n_points):
                     leaf = x[rows].detach().requires_grad_(True)
                     value = score(leaf * ((i + 0.5) / self.n_points)).sum() / self.n_points

@@ -40,7 +40,7 @@ def slopes(recourse: Recourse, x: Tensor) -> Tensor:
     """Return (B, ...) gradients of the log-odds, which point where the score's do and do not vanish with them."""
     score, parts = recourse.score, []
     with frozen(score.model), torch.enable_grad():
-        for rows in x.split(score.batch_size):
+        for rows in x.split(score.rows(x)):
             leaf = rows.detach().requires_grad_(True)
             parts.append(torch.autograd.grad(score.log_odds(leaf).sum(), leaf)[0])
     return torch.cat(parts)

@@ -28,6 +28,8 @@ __all__ = [
 
 CHUNK_NUMBERS, KEPT_NUMBERS = 1 << 20, 1 << 25
 """Noise is drawn in chunks of so many numbers, and kept between steps while it has no more than the second."""
+PASS_NUMBERS, MOST_ROWS = 1 << 23, 1 << 14
+"""By default a pass holds at most so many numbers of inputs, and so many inputs."""
 ROUNDING = 1 + 1e-9
 
 
@@ -41,20 +43,25 @@ class Score:
         target: the wanted class.
         threshold: accepted from this probability on. With more than two classes 1/2 means that the target wins.
         output: ``"logits"`` or ``"probability"``.
-        batch_size: most inputs in one pass; results do not depend on it.
+        batch_size: most inputs in one pass; as many as hold 8 million numbers when None. Results do not depend on it.
     """
 
     model: Classifier
     target: int = 1
     threshold: float = 0.5
     output: str = "logits"
-    batch_size: int = 1 << 14
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         check_count("target", self.target, low=0)
         check_number("threshold", self.threshold, low=0, high=1, open_low=True, open_high=True)
         check_choice("output", self.output, ("logits", "probability"))
-        check_count("batch_size", self.batch_size)
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
+
+    def rows(self, x: Tensor) -> int:
+        """Return how many inputs shaped like those of ``x`` go into one pass."""
+        return self.batch_size or min(MOST_ROWS, max(16, PASS_NUMBERS // max(1, x[0].numel())))
 
     def check(self, x: Tensor) -> None:
         """Look at inputs and at the model's answer to them once.
@@ -69,7 +76,7 @@ class Score:
         if device is not None and device != x.device:
             raise ValueError(f"x is on {x.device}, the model on {device}; move one of them")
         with frozen(self.model), torch.no_grad():
-            values = self._columns(x[: self.batch_size])[0]
+            values = self._columns(x[: self.rows(x)])[0]
         if self.output == "probability" and not bool(((values >= 0) & (values <= 1)).all()):
             raise ValueError(
                 f"the model's scores span [{float(values.min()):.3g}, {float(values.max()):.3g}]; probabilities in "
@@ -108,9 +115,9 @@ class Score:
         return torch.sigmoid(self.log_odds(x))
 
     def judge(self, x: Tensor) -> Tensor:
-        """Return (B,) probabilities without gradient, in passes of ``batch_size``."""
+        """Return (B,) probabilities without gradient, in passes of :meth:`rows` inputs."""
         with frozen(self.model), torch.no_grad():
-            return torch.cat([self(part) for part in x.split(self.batch_size)])
+            return torch.cat([self(part) for part in x.split(self.rows(x))])
 
     def accepts(self, x: Tensor) -> Tensor:
         """Return (B,) whether the target's probability reaches the threshold."""
@@ -254,9 +261,9 @@ class Meter:
     def __init__(self, score: Score, noise: Noise, gamma: float | str | None) -> None:
         self.score, self.noise, self.gamma = score, noise, gamma
 
-    def _pieces(self, rows: int) -> Iterator[Tensor]:
+    def _pieces(self, rows: Tensor) -> Iterator[Tensor]:
         for part in self.noise.parts():
-            yield from part.split(max(1, self.score.batch_size // rows))
+            yield from part.split(max(1, self.score.rows(rows) // len(rows)))
 
     def _gamma(self, x: Tensor) -> Tensor | float | None:
         if self.gamma != "estimate":
@@ -269,9 +276,9 @@ class Meter:
         """Return the stability (B,) and its standard error (B,), float64, without gradient."""
         means, errors = [], []
         with frozen(self.score.model), torch.no_grad():
-            for rows in x.split(self.score.batch_size):
+            for rows in x.split(self.score.rows(x)):
                 gamma = self._gamma(rows)
-                terms = [_terms(self.score, rows, piece, gamma).double() for piece in self._pieces(len(rows))]
+                terms = [_terms(self.score, rows, piece, gamma).double() for piece in self._pieces(rows)]
                 whole = torch.cat(terms, 1)
                 means.append(whole.mean(1))
                 errors.append(whole.std(1, correction=0) / math.sqrt(whole.shape[1]))
@@ -285,10 +292,10 @@ class Meter:
         means, errors = (torch.zeros(len(x), dtype=torch.float64, device=x.device) for _ in range(2))
         gradient, k = torch.zeros_like(x), self.noise.n_samples
         with frozen(self.score.model), torch.enable_grad():
-            for rows in torch.arange(len(x), device=x.device).split(self.score.batch_size):
+            for rows in torch.arange(len(x), device=x.device).split(self.score.rows(x)):
                 leaf = x[rows].detach().requires_grad_(True)
                 gamma, squares = self._gamma(leaf.detach()), 0.0
-                for piece in self._pieces(len(rows)):
+                for piece in self._pieces(leaf):
                     terms = _terms(self.score, leaf, piece, gamma)
                     gradient[rows] += torch.autograd.grad(terms.sum(), leaf)[0] / k
                     wide = terms.detach().double()
