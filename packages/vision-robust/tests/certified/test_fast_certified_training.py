@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from robust_core.attacks import PGD
 from robust_core.certificates import IntervalBounds
 from robust_core.certificates.bounds import Crown, robust_cross_entropy
 from robust_core.certificates.bounds.box import Box
+from robust_core.cli.main import main
 from robust_core.data import load
 from robust_core.errors import TrainingError, UnsupportedLayerError
 from robust_core.models import Normalize, predict_logits
@@ -36,7 +39,7 @@ from vision_robust.certified.fast_certified_training import (
     relu_balance_loss,
     tightness_loss,
 )
-from vision_robust.models import cnn7, mlp, wide_resnet8
+from vision_robust.models import cnn7, load_model, mlp, wide_resnet8
 
 SHAPE = (1, 8, 8)
 
@@ -186,17 +189,17 @@ def test_the_loss_is_plain_at_first_and_nothing_but_the_worst_case_after_the_ram
     net, batch, threat = ibp_init_(mlp(10, SHAPE), _batch()["x"]).eval(), _batch(), Linf(0.1)
     objective = FastCertified(threat, SmoothedEps(0.1, 0.1, 0.5))
     first = objective(net, {**batch, "share": 0.1})
-    regularised = 0.5 * (first.parts["tightness"] + first.parts["relu"])
+    regularised = 0.5 * (first.parts["tightness_loss"] + first.parts["relu_loss"])
     plain = F.cross_entropy(net(batch["x"]), batch["y"])
     torch.testing.assert_close(first.total, plain + regularised)
     assert float(first.parts["eps"]) == 0
     last = objective(net, {**batch, "share": 0.5})
     torch.testing.assert_close(last.total, IntervalBounds(net, threat).loss(**batch))
-    assert "relu" not in last.parts
+    assert "relu_loss" not in last.parts
     half = objective(net, {**batch, "share": 0.4})
     eps = objective.schedule(0.4)
     robust = IntervalBounds(net, threat).loss(**batch, eps=eps)
-    added = 0.5 * (1 - eps / 0.1) * (half.parts["tightness"] + half.parts["relu"])
+    added = 0.5 * (1 - eps / 0.1) * (half.parts["tightness_loss"] + half.parts["relu_loss"])
     torch.testing.assert_close(half.total, robust + added)
     assert torch.equal(objective(net, batch).total, last.total)  # told nothing: the full radius
     objective.on_epoch(8, 20)
@@ -352,3 +355,60 @@ def test_the_loss_needs_no_fit() -> None:
     assert losses[-1] < 0.5 * losses[0]
     found = IntervalBounds(net.eval(), Linf(0.02)).margins(batch["x"], batch["y"])
     assert float(robust_cross_entropy(found, batch["y"]).detach()) < 2.3
+
+
+# -- the command line ----------------------------------------------------------------------------------------
+
+RATE = ("--batch-size", "32", "--learning-rate", "5e-3")
+MODULE = """
+from torch import nn
+from vision_robust.models import mlp
+
+def net():
+    return nn.Sequential(mlp(10, (1, 8, 8), widths=(24, 24)))
+"""
+
+
+def test_the_command_trains_ones_own_network_or_one_sized_to_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "certified_nets.py").write_text(MODULE)
+
+    def run(out: str, *words: str) -> dict[str, Any]:
+        shared = ["--method", "fast-certified-training", "--eps", "0.02"]
+        with pytest.raises(SystemExit) as end:
+            main(["vision", "harden", *shared, *RATE, *words, "--out", out, "--json"])
+        assert end.value.code == 0
+        return json.loads(capsys.readouterr().out)
+
+    mine = run("mine", "--model", "certified_nets:net", "--epochs", "8", "--n", "250")
+    assert mine["model"].startswith("certified_nets:net --weights")
+    bundled = run(
+        "bundled",
+        "--epochs",
+        "1",
+        "--n",
+        "50",
+        "--set",
+        "network=cnn7",
+        "--set",
+        "width=2",
+        "--set",
+        "variant=crown-ibp",
+    )
+    assert bundled["model"] == "saved:bundled"
+    figures = mine["figures"]
+    verified = figures["interval/accuracy@0.02"]["value"]
+    assert 0.3 < verified <= figures["adversarial/accuracy"]["value"] <= figures["clean/accuracy"]["value"]
+    assert figures["crown-ibp/accuracy@0.02"]["n"] == 100
+    assert bundled["figures"]["interval/accuracy@0"]["n"] == 50
+    assert "tightness" in (tmp_path / "mine" / "training.svg").read_text()
+    network = load_model("saved:bundled")
+    assert isinstance(network.get_submodule("0"), Normalize)
+    assert IntervalBounds(network, Linf(0.02)).certify(load("digits", "test").x[:4]).rigorous
+    weights = tmp_path / "mine" / "weights.safetensors"
+    kept = load_model("certified_nets:net", weights=weights)
+    test = load("digits", "test")
+    assert bound_figures(kept, test.x, test.y, Linf(0.02)).verified == pytest.approx(verified, abs=0.1)

@@ -45,8 +45,10 @@ RECIPES: Mapping[str, Entry] = MappingProxyType(
         "crmt": Entry(f"{_HERE}.crmt", ("harden", "certify")),
         "dual-randomized-smoothing": Entry(f"{_HERE}.dual_randomized_smoothing", ("harden", "certify")),
         "rbf-prototype-network": Entry(f"{_HERE}.rbf_prototype_network", ("harden", "certify", "explain")),
+        "fast-certified-training": Entry(f"{_HERE}.fast_certified_training", ("harden",)),
         "rrcm": Entry(f"{_HERE}.rrcm", ("harden", "certify")),
         "robust-counterfactuals": Entry(f"{_HERE}.robust_counterfactuals", ("explain",)),
+        "zo-ae-ds": Entry(f"{_HERE}.zo_ae_ds", ("harden",)),
     }
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -179,7 +180,7 @@ class Monitor:
         if eps == threat.eps and figures.verified > self._best:
             self._best = figures.verified
             self.best = {name: value.detach().clone() for name, value in state.averaged.state_dict().items()}
-        return {name: value for name, value in record.items() if name != "epoch"}
+        return {name: value for name, value in record.items() if name != "epoch" and math.isfinite(value)}
 
 
 def plot_training(records: Sequence[Mapping[str, Any]] | str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:

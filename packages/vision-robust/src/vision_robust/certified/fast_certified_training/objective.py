@@ -171,8 +171,8 @@ class FastCertified(RandomObjective):
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of one batch.
 
-        Its parts: ``natural`` and ``robust`` cross-entropy, ``tightness`` and ``relu`` where they count, the radius
-        ``eps``, and the shares of the batch that are ``correct`` and ``verified`` at that radius.
+        Its parts: ``natural`` and ``robust`` cross-entropy, ``tightness_loss`` and ``relu_loss`` where they count, the
+        radius ``eps``, and the shares of the batch that are ``correct`` and ``verified`` at that radius.
 
         Raises:
             TrainingError: a bound is NaN or infinite; the layer is named.
@@ -193,7 +193,8 @@ class FastCertified(RandomObjective):
                 boxes = [box for _, box in found.activations]
                 tightness = tightness_loss(boxes, found.start, tolerance=self.tolerance)
                 relu = relu_balance_loss(boxes, tolerance=self.tolerance)
-                total, parts = total + weight * (tightness + relu), {**parts, "tightness": tightness, "relu": relu}
+                total = total + weight * (tightness + relu)
+                parts |= {"tightness_loss": tightness, "relu_loss": relu}
         parts = {name: value.detach() for name, value in parts.items()}
         if x.device.type == "cpu" and not math.isfinite(float(total.detach())):
             raise TrainingError(f"{_broken(found)}; lower the learning rate or clip gradients (clip_norm=10)")
