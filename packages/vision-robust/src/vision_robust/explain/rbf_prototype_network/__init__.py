@@ -20,10 +20,11 @@ still, without the certificate.
 
 Defaults are the paper's, read from its code: 20 components, two concepts for each class, prototypes from U(0.45, 0.55)
 and kept in [0, 1], margin 0.3 (0.025 deep). Its sigma of 58 belongs to squared distances of 28x28 images; 2 suits 8x8
-ones, and :meth:`CBC.initialise` finds one, and prototypes, from data. Ours: the tight certificate with one sigma for
-each component and the walls of the domain, the closed form for squared distances, no halving for subspaces (a distance
-to one is 1-Lipschitz), all checked by attack. Reconstructed: the proof of the theorem; the weights of the deep stages
-between pre-training and fine-tuning, of which only the lengths and the margin are known. Left out: other metrics.
+ones. Ours: the tight certificate with one sigma for each component and the walls of the domain; the closed form for
+squared distances; no halving for subspaces (a distance to one is 1-Lipschitz); :meth:`CBC.initialise`, which starts
+prototypes, sigma and reasoning from labelled data and is what makes training dependable. Reconstructed: the proof of
+the theorem (attacks check all bounds); the losses of the deep stages, of which only lengths, rates and the margin are
+known. Left out: other metrics.
 """
 
 from vision_robust.explain.rbf_prototype_network.certificate import CBCCertifier
