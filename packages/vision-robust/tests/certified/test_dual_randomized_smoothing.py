@@ -43,6 +43,10 @@ votes = st.floats(0.02, 0.999)
 noises = st.floats(0.05, 2.0)
 
 
+def _net() -> nn.Module:
+    return digits_cnn()  # one for all tests: it is trained once
+
+
 class Half(nn.Module):
     """Logits (-z, z) of z = w . pixels + b: the vote of class 1 under noise is Phi(z / (sigma |w|))."""
 
@@ -209,7 +213,7 @@ def test_what_networks_are_given() -> None:
 
 
 def test_each_side_depends_on_its_own_pixels_and_others_are_found_out() -> None:
-    net, x = digits_cnn(), digits()[0][:4]
+    net, x = _net(), digits()[0][:4]
     masks = checkerboard_partition(8, 8)
     for feed in ("zero", "maxpool"):
         DualClassifier(net, copy.deepcopy(net), masks, feed=feed).validate(x)
@@ -293,8 +297,8 @@ def test_a_side_that_knows_nothing_leaves_the_others_radius_over_root_two() -> N
 
 def test_votes_are_those_of_the_streams_of_each_side_and_sample() -> None:
     x = digits()[0][:2]
-    net = digits_cnn()
-    dual = DualClassifier(net, digits_cnn(seed=1), checkerboard_partition(8, 8), feed="maxpool")
+    net = _net()
+    dual = DualClassifier(net, _net(), checkerboard_partition(8, 8), feed="maxpool")
     index, y = torch.tensor([70, 3]), torch.tensor([4, 4])
     smoothing = DualSmoothing(dual, (0.2, 0.3), n_samples=300, give_up=0.0)
     details = smoothing.certify(x, y, index=index, generator=5).details
@@ -316,7 +320,7 @@ def test_votes_are_those_of_the_streams_of_each_side_and_sample() -> None:
 @pytest.mark.parametrize("ask", [{}, {"radius": [0.1, 0.2, 0.3]}, {"tolerance": 0.1}], ids=str)
 def test_neither_batches_nor_neighbours_nor_interruptions_matter(ask: dict[str, Any], tmp_path: Path) -> None:
     x = digits()[0][:6]
-    dual = DualClassifier(digits_cnn(), digits_cnn(seed=1), checkerboard_partition(8, 8))
+    dual = DualClassifier(_net(), _net(), checkerboard_partition(8, 8))
     smoothing = DualSmoothing(dual, 0.2, n_samples=1000, batch_size=64)
     whole = smoothing.certify(x, generator=1, **ask)
     other = DualSmoothing(dual, 0.2, n_samples=1000, batch_size=500).certify(x, generator=1, **ask)
@@ -392,7 +396,7 @@ def test_scattered_rivals_make_room_for_larger_radii() -> None:
 
 def test_the_smoothed_module_is_the_mean_of_both_sides_and_repeats_without_fresh_noise() -> None:
     x = digits()[0][:3]
-    dual = DualClassifier(digits_cnn(), digits_cnn(seed=1), checkerboard_partition(8, 8))
+    dual = DualClassifier(_net(), _net(), checkerboard_partition(8, 8))
     smoothing = DualSmoothing(dual, 0.2)
     fixed = smoothing.smoothed(n_samples=8, fresh=False, generator=3)
     first = fixed(x)
@@ -410,7 +414,7 @@ def test_the_smoothed_module_is_the_mean_of_both_sides_and_repeats_without_fresh
 
 def test_attacks_through_the_noise_do_not_move_predictions_inside_their_radius() -> None:
     x, y = digits()[0][:24], digits()[1][:24]
-    net = digits_cnn("adversarial")
+    net = _net()
     dual = DualClassifier(net, copy.deepcopy(net), checkerboard_partition(8, 8), feed="maxpool")
     smoothing = DualSmoothing(dual, 0.15, n_samples=1000)
     certificate = smoothing.certify(x, y)
@@ -430,7 +434,7 @@ def test_each_side_is_trained_as_if_alone() -> None:
     def sgd(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=0.05)
 
-    both = DualClassifier(digits_cnn(), digits_cnn(seed=1), checkerboard_partition(8, 8))
+    both = DualClassifier(_net(), _net(), checkerboard_partition(8, 8))
     alone = copy.deepcopy(both)
     fit(both, data, EachSide(NoiseConsistency(0.2, 2, 5.0), GaussianNoise(0.3)), epochs=2, optimiser=sgd)
     fit(alone.left, data, NoiseConsistency(0.2, 2, 5.0), epochs=2, optimiser=sgd)
@@ -440,7 +444,7 @@ def test_each_side_is_trained_as_if_alone() -> None:
     loss = EachSide(Standard())(both, {"x": data[0], "y": data[1]})
     torch.testing.assert_close(loss.total, loss.parts["left"] + loss.parts["right"])
     with pytest.raises(TypeError, match="DualClassifier"):
-        EachSide(Standard())(digits_cnn(), {"x": data[0], "y": data[1]})
+        EachSide(Standard())(_net(), {"x": data[0], "y": data[1]})
 
 
 def test_stability_rewards_confident_right_answers_up_to_a_ceiling() -> None:
@@ -450,7 +454,7 @@ def test_stability_rewards_confident_right_answers_up_to_a_ceiling() -> None:
     assert stability(logits, y).item() == pytest.approx(np.mean(ndtri(p)))
     assert stability(logits, 1 - y).item() == pytest.approx(ndtri(1 / (1 + math.exp(-1.0))))
     assert stability(logits[:1], torch.tensor([1])).item() == 0.0
-    net, batch = digits_cnn(), {"x": digits()[0][:8], "y": digits()[1][:8]}
+    net, batch = _net(), {"x": digits()[0][:8], "y": digits()[1][:8]}
     loss = StableCrossEntropy(0.5)(net, batch).total
     expected = F.cross_entropy(net(batch["x"]), batch["y"]) - 0.5 * stability(net(batch["x"]), batch["y"])
     torch.testing.assert_close(loss, expected)
@@ -473,7 +477,7 @@ def test_training_at_full_scale_makes_its_steps() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    net, other = digits_cnn(), digits_cnn(seed=1)
+    net, other = _net(), _net()
     left, right = checkerboard_partition(8, 8)
     dual, x = DualClassifier(net, other, (left, right)), digits()[0][:2]
     good = DualSmoothing(dual, 0.2, n_samples=64)
@@ -544,7 +548,7 @@ def test_from_the_command_line_halves_are_trained_saved_and_certified(
         return json.loads(capsys.readouterr().out)
 
     own = ("--set", "feed=zero", "--set", "pretrain_epochs=5", "--set", "objective=gaussian")
-    made = vision("harden", "--out", "halves", "--epochs", "4", "--n", "400", "--learning-rate", "0.01", *own)
+    made = vision("harden", "--out", "halves", "--epochs", "3", "--n", "400", "--learning-rate", "0.01", *own)
     assert made["figures"]["clean/accuracy"]["value"] > 0.4
     words = ("--model", "saved:halves", "--n", "24", "--n-samples", "300")
     shown = vision("certify", *words)
@@ -556,6 +560,6 @@ def test_from_the_command_line_halves_are_trained_saved_and_certified(
     assert recipe.certifier is not None
     assert recipe.restore is not None
     with pytest.raises(TypeError, match="not the two halves"):
-        recipe.certifier(digits_cnn(), Proof(L2(0.1)), recipe.certify_settings())
+        recipe.certifier(_net(), Proof(L2(0.1)), recipe.certify_settings())
     with pytest.raises(ValueError, match="two halves need"):
         recipe.restore({**config, "more": 1}, tmp_path)

@@ -138,7 +138,9 @@ class DualClassifier(nn.Module):
     ) -> None:
         super().__init__()
         first, second = check_partition(masks)
-        feeds = (feed, feed) if isinstance(feed, str) else feed
+        feeds = (feed, feed) if isinstance(feed, str) else tuple(feed)
+        if len(feeds) != 2:
+            raise ValueError(f"feed={feed!r}: one word, or (left, right), is needed")
         if left is right:
             raise ValueError("left and right are one network, which training would pull both ways; give a copy")
         self.left = Side(left, first, feeds[0])
@@ -201,7 +203,8 @@ def check_side(classifier: Classifier, mask: Tensor, x: Tensor) -> None:
     with frozen(classifier), torch.enable_grad():
         logits = classifier(probe.requires_grad_(True))
         weight = torch.linspace(1.0, 2.0, logits.shape[1], dtype=logits.dtype, device=x.device)
-        gradient = torch.autograd.grad((logits * weight).sum(), probe, allow_unused=True)[0]
+        total = (logits * weight).sum()
+        gradient = torch.autograd.grad(total, probe, allow_unused=True)[0] if total.requires_grad else None
         moved = classifier(torch.where(others, probe.detach() + noise, probe.detach()))
     touched = 0.0 if gradient is None else float((gradient * others).abs().amax())
     changed = float((moved - logits).detach().abs().amax())
