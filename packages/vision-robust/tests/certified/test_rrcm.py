@@ -554,6 +554,8 @@ def test_head_begins_near_zero_on_a_copy_of_the_encoder() -> None:
     assert not torch.equal(next(classifier.encoder.parameters()), next(encoder.parameters()))
     with pytest.raises(ValueError, match="the grid spans"):
         NoiseConditionedClassifier.build(encoder, 10, 50.0)
+    with pytest.raises(TypeError, match="wrap it"):
+        NoiseConditionedClassifier(nn.Flatten(), nn.Linear(64, 10), 0.5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="final_norm"):
         NoiseConditionedClassifier.build(encoder, 10, 0.5, final_norm=False)
     vit = TimeConditionedEncoder(NoiseViT(8, 4, channels=1, dim=8, depth=1, heads=2))
@@ -674,6 +676,23 @@ def test_two_steps_of_the_full_recipe_on_data_of_the_true_shape() -> None:
     state = fit(classifier, data, **preset.tuning(classifier, 4), n_classes=3, on_step=lambda state, _: state.step < 2)
     assert state.step == 2
     assert classifier.smoothing(n_samples=20, n0=4).certify(data[0][0][None]).cost["forwards"] >= 24
+
+
+def test_the_claim_measures_what_it_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vision_robust.claims import rrcm as claim
+
+    setting = claim._setting("quick")
+    small = replace(setting, test=setting.test.subset(range(24)), n_samples=40)
+    monkeypatch.setattr(claim, "_setting", lambda scale: small)
+    monkeypatch.setattr(claim, "STEPS", 6)
+    monkeypatch.setattr(claim, "TUNING_STEPS", 15)
+    figures = claim.run(5, "quick")
+    stated = {n for s in claim.STATEMENTS for n in ((s.figure,) if isinstance(s.figure, str) else s.figure)}
+    assert stated == set(figures.measured) == set(figures.baseline)
+    named = {gate.name: gate.passed for gate in figures.gates}
+    assert named.pop("no attack inside a certified radius") in (True, False)  # after 15 steps little is certified
+    assert named
+    assert all(named.values())
 
 
 # -- command line --

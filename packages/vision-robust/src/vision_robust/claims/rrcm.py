@@ -181,21 +181,14 @@ def _tune_digits(
 # -- full: CIFAR-10 ----------------------------------------------------------------------------------------------
 
 
-def _pretrain_cifar(train: Dataset, encoder: TimeConditionedEncoder, seed: int, *, most: int | None = None) -> None:
+def _pretrain_cifar(train: Dataset, encoder: TimeConditionedEncoder, seed: int) -> None:
     preset = PRESETS["cifar10-base"]
     model = ProjectedEncoder(encoder, projection_head(encoder.n_features, hidden=preset.hidden, generator=seed))
-    told = preset.pretraining(len(train), generator=seed)
-    fit(model, train, **told, generator=seed, on_step=None if most is None else lambda state, _: state.step < most)
+    fit(model, train, **preset.pretraining(len(train), generator=seed), generator=seed)
 
 
 def _tune_cifar(
-    encoder: TimeConditionedEncoder,
-    train: Dataset,
-    arm: str,
-    lam: float,
-    seed: int,
-    *,
-    most: int | None = None,
+    encoder: TimeConditionedEncoder, train: Dataset, arm: str, lam: float, seed: int
 ) -> NoiseConditionedClassifier:
     preset = PRESETS["cifar10-base"]
     classifier = preset.classifier(encoder, train.n_classes, 0.25, generator=seed)
@@ -203,8 +196,7 @@ def _tune_cifar(
     if not arm.startswith("pretrained"):
         told["optimiser"] = partial(torch.optim.AdamW, lr=2e-4, weight_decay=0.0)
     told["objective"] = SmoothedFineTuning(0.25, lam=lam, entropy=0.5 if lam else 0.0, generator=seed)
-    fit(classifier, train, **told, transform=Views(x=(flip, random_crop)), generator=seed,
-        on_step=None if most is None else lambda state, _: state.step < most)  # fmt: skip
+    fit(classifier, train, **told, transform=Views(x=(flip, random_crop)), generator=seed)
     return classifier.eval()
 
 

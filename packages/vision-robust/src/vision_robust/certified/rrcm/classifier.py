@@ -31,6 +31,7 @@ class NoiseConditionedClassifier(nn.Module):
         grid: levels of pre-training.
 
     Raises:
+        TypeError: ``encoder`` is no :class:`TimeConditionedEncoder`.
         ValueError: ``sigma`` outside the grid.
     """
 
@@ -38,6 +39,8 @@ class NoiseConditionedClassifier(nn.Module):
         self, encoder: TimeConditionedEncoder, head: nn.Module, sigma: float, *, grid: KarrasGrid | None = None
     ) -> None:
         super().__init__()
+        if not isinstance(encoder, TimeConditionedEncoder):
+            raise TypeError(f"encoder is a {type(encoder).__name__}; wrap it: TimeConditionedEncoder(backbone)")
         self.encoder, self.head = encoder, head
         self.sigma = check_number("sigma", sigma, low=0, open_low=True)
         self.t = (KarrasGrid() if grid is None else grid).nearest(encoder.level(sigma))

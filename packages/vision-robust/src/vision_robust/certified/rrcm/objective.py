@@ -146,7 +146,7 @@ class RRCM(RandomObjective):
     def _contrast(self, student: Tensor, teacher: Tensor) -> Tensor:
         """InfoNCE of this process's rows against the keys of all."""
         positives = torch.arange(len(student), device=student.device) * world() + rank()
-        return info_nce(student, gather_rows(teacher.detach().float()), tau=self.tau, positives=positives)
+        return info_nce(student, gather_rows(teacher.detach()), tau=self.tau, positives=positives)
 
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of one batch, with parts ``contrast`` and ``consistency``."""
