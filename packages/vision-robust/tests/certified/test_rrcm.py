@@ -666,16 +666,16 @@ def test_presets_are_the_papers_tables() -> None:
 
 
 def test_two_steps_of_the_full_recipe_on_data_of_the_true_shape() -> None:
-    preset, data = replace(PRESETS["cifar10-base"], size="small", hidden=256), _Images(4, 32)
+    preset, data = replace(PRESETS["cifar10-base"], size="small", hidden=256), _Images(2, 32)
     model = ProjectedEncoder(preset.encoder(), projection_head(512, hidden=preset.hidden))
     before = model.encoder.backbone.positions.detach().clone()  # pyright: ignore
-    state = fit(model, data, **preset.pretraining(4), on_step=lambda state, _: state.step < 2)
+    state = fit(model, data, **preset.pretraining(2), on_step=lambda state, _: state.step < 2)
     assert state.step == 2
     assert not torch.equal(before, model.encoder.backbone.positions)  # pyright: ignore
     classifier = preset.classifier(model.encoder, 3, 0.25)
-    state = fit(classifier, data, **preset.tuning(classifier, 4), n_classes=3, on_step=lambda state, _: state.step < 2)
+    state = fit(classifier, data, **preset.tuning(classifier, 2), n_classes=3, on_step=lambda state, _: state.step < 2)
     assert state.step == 2
-    assert classifier.smoothing(n_samples=20, n0=4).certify(data[0][0][None]).cost["forwards"] >= 24
+    assert classifier.smoothing(n_samples=8, n0=4).certify(data[0][0][None]).cost["forwards"] >= 4
 
 
 def test_the_claim_measures_what_it_states(monkeypatch: pytest.MonkeyPatch) -> None:
