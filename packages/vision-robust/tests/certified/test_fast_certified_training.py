@@ -357,6 +357,21 @@ def test_the_loss_needs_no_fit() -> None:
     assert float(robust_cross_entropy(found, batch["y"]).detach()) < 2.3
 
 
+def test_an_interrupted_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    data = load("digits", "train").subset(range(320))
+
+    def train(**more: Any) -> nn.Module:
+        net = ibp_init_(mlp(10, SHAPE, widths=(16, 16)), data.batch(range(1))["x"])
+        fit(net, data, FastCertified(Linf(0.05)), epochs=3, batch_size=64, clip_norm=10,
+            optimiser=partial(torch.optim.Adam, lr=1e-2), **more)  # fmt: skip
+        return net
+
+    kept = {"checkpoint": tmp_path, "checkpoint_every": 1}
+    train(**kept, on_step=lambda state, loss: state.step < 7)
+    straight, resumed = train().state_dict(), train(**kept).state_dict()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
 # -- the command line ----------------------------------------------------------------------------------------
 
 RATE = ("--batch-size", "32", "--learning-rate", "5e-3")

@@ -6,7 +6,8 @@ cost of two forward passes; the margins ``z_y - z_j`` are merged into the last a
 equations 6, 7 and 12). For L2 and L1 balls the first dense layer uses the norms of its rows as well.
 
 Train with :meth:`IntervalBounds.loss` (mix it with the plain loss and let ``eps`` grow, as the paper does), certify
-with :meth:`IntervalBounds.certify`. Batch normalisation always uses its running statistics.
+with :meth:`IntervalBounds.certify`. Batch normalisation uses its running statistics, but in
+:meth:`IntervalBounds.training_pass` those of the batch where the model is in train mode.
 """
 
 from __future__ import annotations
