@@ -98,8 +98,8 @@ _SOURCES: dict[str, _Source] = {
         find=find_german_credit,
         read=read_german_credit,
         licence="CC BY 4.0",
-        get="curl -o german.zip https://archive.ics.uci.edu/static/public/144/statlog+german+credit+data.zip && "
-        "unzip german.zip -d $ROBUST_DATA/german_credit",
+        get="curl --create-dirs -o $ROBUST_DATA/german_credit/german.data "
+        "https://archive.ics.uci.edu/ml/machine-learning-databases/statlog/german/german.data",
     ),
     "cifar10": _cifar(10),
     "cifar100": _cifar(100),

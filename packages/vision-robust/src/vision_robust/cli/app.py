@@ -35,7 +35,8 @@ Normalise = Annotated[
     typer.Option(help="'imagenet', or MEAN/STD such as 0.5,0.5,0.5/0.25,0.25,0.25, put in front of the model."),
 ]
 Data = Annotated[
-    str, typer.Option("--data", "-d", help="digits, fashion_mnist, cifar10, cifar100, an image folder or an .npz file.")
+    str,
+    typer.Option("--data", "-d", help="digits, fashion_mnist, cifar10, cifar100, an image folder, an .npz or a .csv."),
 ]
 Split = Annotated[str | None, typer.Option(help="train, test or all; test where the data has one.")]
 Root = Annotated[Path | None, typer.Option(help="Where named data sets lie; ROBUST_DATA by default.")]

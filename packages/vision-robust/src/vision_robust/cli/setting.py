@@ -86,7 +86,7 @@ def load_data(
         part: ``"train"`` or ``"test"`` for training and its judgement: data without splits is divided, every fifth
             sample being the test.
     """
-    if ("/" in data or data.endswith(".npz")) and not Path(data).exists() and root is None:
+    if ("/" in data or data.endswith((".npz", ".csv"))) and not Path(data).exists() and root is None:
         raise ResourceError(f"--data {data}: no such file or folder")
     read = _reader(data, root)
     try:

@@ -49,7 +49,7 @@ def check(
 
     Args:
         model: words of a model.
-        data: a named data set, a folder or an ``.npz`` file.
+        data: a named data set, a folder, an ``.npz`` file or a ``.csv`` table.
         root: where named data sets and relative paths lie.
         weights: a file.
         norm: of the threat.
@@ -102,7 +102,12 @@ def _check_model(model: str) -> None:
 
 def _check_files(data: str | None, root: Path | None, weights: Path | None, out: Path | None) -> None:
     # with --root, a path is looked for there by the loader
-    if data is not None and root is None and ("/" in data or data.endswith(".npz")) and not Path(data).exists():
+    if (
+        data is not None
+        and root is None
+        and ("/" in data or data.endswith((".npz", ".csv")))
+        and not Path(data).exists()
+    ):
         raise ResourceError(f"--data {data}: no such file or folder")
     if weights is not None and not weights.is_file():
         raise ResourceError(f"--weights {weights}: no such file")

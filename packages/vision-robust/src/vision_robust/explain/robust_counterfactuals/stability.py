@@ -389,7 +389,8 @@ def stability_guarantee(
         n_samples: draws k.
         sigma: of the noise.
         gamma_model: Lipschitz constant of the model that stands now.
-        gamma_changed: Lipschitz constant of the changed models, the one inside R.
+        gamma_changed: Lipschitz constant of the changed models, the one inside R; e.g. the largest
+            :func:`lipschitz_constant` of some retrainings.
         eps_prime: how far smoothed changed models may be from agreeing.
         sharp: use ``exp(-k (eps - eps_prime)^2 / (2 (gamma_m + gamma)^2 sigma^2))``, which the proof gives before it
             is simplified; needs eps > eps_prime only.
