@@ -206,6 +206,19 @@ def test_a_missing_modality_counts_as_its_filling_and_nothing_else_changes(fill)
     assert missing_accuracy(view, x, y)["all"] == 1.0
 
 
+def test_a_modality_that_is_left_out_has_no_say():
+    view, x = three_modalities(), normal(8, 32)
+    rest = view.without(["video"], None)
+    scores = view.scores(x)
+    scores[1] = torch.zeros_like(scores[1])
+    torch.testing.assert_close(rest(x), view.fusion.combine(scores))
+    both = rest.without(["audio"])
+    scores[0] = view.fusion.score(0, view.model.encoders["audio"](torch.zeros(1, 1, 4, 3))).expand(8, -1)
+    torch.testing.assert_close(both(x), view.fusion.combine(scores))
+    certificate = MultiModalCertifier(rest).certify(x)
+    assert certificate.details["radius_video"][certificate.certified].isinf().all()
+
+
 def test_bad_models_and_inputs_have_one_clear_error_each():
     view, x = three_modalities(), normal(2, 32)
     encoders = dict(view.model.encoders.items())
@@ -644,11 +657,17 @@ def test_the_command_line_trains_saves_and_certifies(tmp_path, monkeypatch, caps
     code, out = robust([*words, *shared], capsys)
     assert code == 0, out.err
     figures = json.loads(out.out)["figures"]
-    for name in ("missing/accuracy/without_audio", "certified/acr", "certified-audio/acr", "certified-video/acr"):
+    for name in (
+        "missing/accuracy/without_audio",
+        "left-out/accuracy/without_audio",
+        "certified/acr",
+        "certified-audio/acr",
+        "certified-video/acr",
+    ):
         assert figures[name]["n"] == 50
     assert figures["certified-audio/acr"]["value"] > figures["certified/acr"]["value"] > 0
     certify = ["certify", "--model", "saved:out", "--method", "crmt", "--data", "two.npz", "--n", "40"]
-    code, out = robust([*certify, "--set", "missing=audio"], capsys)
+    code, out = robust([*certify, "--set", "missing=audio", "--set", "fill=none"], capsys)
     assert code == 0, out.err
     assert json.loads(out.out)["figures"]["certified/acr"]["value"] > 0
     code, out = robust([*certify, "--set", "attacked=smell"], capsys)

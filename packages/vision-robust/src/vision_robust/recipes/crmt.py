@@ -71,10 +71,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class CertifySettings:
-    """Modalities that are attacked together (all that are there, by default), and those that are missing (zeroed)."""
+    """Modalities that are attacked together (all that are there, by default), and those that are missing.
+
+    ``fill`` stands in the place of what is missing; none leaves its scores out.
+    """
 
     attacked: tuple[str, ...] | None = None
     missing: tuple[str, ...] | None = None
+    fill: float | None = 0.0
 
 
 def _layout(job: Job, settings: Settings) -> tuple[dict[str, tuple[int, ...]], int | None]:
@@ -154,7 +158,8 @@ def harden(job: Job, settings: Settings) -> Trained:
     view = _build(config, job.seed).to(job.device)
     job.fit(view, _stages(job, settings), name="crmt")
     view.eval()
-    parts = [Clean(), MissingModalities(), Adversarial(job.threat, version="fast")]
+    missing = [MissingModalities(), MissingModalities(fill=None, name="left-out")]
+    parts = [Clean(), *missing, Adversarial(job.threat, version="fast")]
     if settings.encoders is None and all(max((0, *shape[1:])) < _BOUNDED for shape in shapes.values()):
         parts.append(Certified(MultiModalCertifier(view)))
         parts += [Certified(MultiModalCertifier(view, [name]), name=f"certified-{name}") for name in view.names]
@@ -185,7 +190,7 @@ def certifier(model: nn.Module, proof: Proof, settings: CertifySettings) -> Mult
     del proof
     if not isinstance(model, Packed):
         raise TypeError(f"model is a {type(model).__name__}; CRMT certifies classifiers of several modalities")
-    view = model if settings.missing is None else model.without(settings.missing)
+    view = model if settings.missing is None else model.without(settings.missing, settings.fill)
     return MultiModalCertifier(view, settings.attacked)
 
 

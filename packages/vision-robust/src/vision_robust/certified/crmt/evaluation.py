@@ -19,12 +19,12 @@ class MissingModalities(Part):
     """Accuracy with all modalities, and with each one missing in turn.
 
     Args:
-        fill: what stands in the place of a missing modality.
+        fill: what stands in the place of a missing modality; None leaves its scores out.
         name: prefix of the figures.
     """
 
     kind: ClassVar[str] = "missing"
-    fill: float = 0.0
+    fill: float | None = 0.0
     name: str = "missing"
 
     def run(self, run: Run) -> Summary:

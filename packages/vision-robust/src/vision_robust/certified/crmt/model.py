@@ -13,10 +13,14 @@ from robust_core.models import model_device, predict_logits
 from robust_core.threats import L2, PartialL2
 from vision_robust.certified.crmt.fusion import Fusion
 
-__all__ = ["Inputs", "MultiModalClassifier", "Packed", "missing_accuracy"]
+__all__ = ["Fill", "Inputs", "MultiModalClassifier", "Packed", "missing_accuracy"]
 
 Inputs = Mapping[str, Tensor] | Sequence[Tensor]
 """One (B, ...) tensor for each modality, by name or in the order of the encoders."""
+
+
+Fill = float | Mapping[str, Tensor] | None
+"""What stands in the place of a missing modality: a number, a tensor for each, or None to leave its scores out."""
 
 
 class MultiModalClassifier(nn.Module):
@@ -146,10 +150,14 @@ class Packed(nn.Module):
 
     def scores(self, x: Tensor) -> list[Tensor]:
         """Return scores of each modality alone: (B, K), or (1, K) of one that is missing."""
-        parts = self.split(x)
-        for name in self.missing:
-            parts[name] = self.get_buffer(f"fill_{name}")
-        return self.model.scores(parts)
+        found = []
+        for place, (name, part) in enumerate(self.split(x).items()):
+            if name in self.missing and self._left_out(name):
+                found.append(self.get_buffer(f"score_{name}"))
+                continue
+            part = self.get_buffer(f"fill_{name}") if name in self.missing else part
+            found.append(self.fusion.score(place, self.model.encoders[name](part)))
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, K) logits of packed inputs."""
@@ -169,13 +177,18 @@ class Packed(nn.Module):
             return L2(eps, domain)
         return PartialL2(eps, domain, *self.stretch(name), self.along)
 
-    def without(self, names: Sequence[str], fill: float | Mapping[str, Tensor] = 0.0) -> Packed:
+    def _left_out(self, name: str) -> bool:
+        """Return whether a missing modality has no say at all."""
+        return f"score_{name}" in self._buffers
+
+    def without(self, names: Sequence[str], fill: Fill = 0.0) -> Packed:
         """Return the view that does not read some modalities: the model that remains where their sensors fail.
 
         Args:
             names: modalities that are missing, not all of them.
             fill: what stands in their place: one number, or a tensor (their shape) for each, such as the mean of the
-                training data.
+                training data. None leaves their scores out of the sum: an encoder may say much of a blank input, and
+                who knows that a sensor has failed need not listen.
 
         Raises:
             ValueError: unknown names, none or all of them, or a fill of another shape.
@@ -185,25 +198,29 @@ class Packed(nn.Module):
         if not names or unknown or len(gone) == len(self.names):
             raise ValueError(f"names={tuple(names)}: some, not all, of {', '.join(self.names)} are needed")
         rest = Packed(self.model, dict(zip(self.names, self.shapes, strict=True)), dim=self.dim)
-        like = next(iter(self.model.parameters()))
+        like = self.fusion.bias.detach()
         for name in gone:
-            if name in self.missing and name not in names:
-                value = self.get_buffer(f"fill_{name}")[0]
-            elif isinstance(fill, Mapping):
-                value = fill[name] if name in fill else torch.tensor(math.nan)
+            known = [key for key in (f"fill_{name}", f"score_{name}") if key in self._buffers and name not in names]
+            if known:
+                rest.register_buffer(known[0], self.get_buffer(known[0]))
+            elif fill is None:
+                rest.register_buffer(f"score_{name}", torch.zeros_like(like)[None])
             else:
-                value = torch.tensor(float(fill)).expand(self.shapes[self.names.index(name)])
-            if tuple(value.shape) != self.shapes[self.names.index(name)]:
-                raise ValueError(f"fill[{name!r}]: a tensor of shape {self.shapes[self.names.index(name)]} is needed")
-            rest.register_buffer(f"fill_{name}", value.detach().to(like).clone()[None])
+                rest.register_buffer(f"fill_{name}", self._filling(name, fill).to(like).clone()[None])
         rest.missing = gone
         return rest
 
+    def _filling(self, name: str, fill: float | Mapping[str, Tensor]) -> Tensor:
+        shape = self.shapes[self.names.index(name)]
+        if not isinstance(fill, Mapping):
+            return torch.tensor(float(fill)).expand(shape)
+        if name not in fill or tuple(fill[name].shape) != shape:
+            raise ValueError(f"fill[{name!r}]: a tensor of shape {shape} is needed")
+        return fill[name].detach()
+
 
 @torch.no_grad()
-def missing_accuracy(
-    view: Packed, x: Tensor, y: Tensor, *, fill: float | Mapping[str, Tensor] = 0.0
-) -> dict[str, float]:
+def missing_accuracy(view: Packed, x: Tensor, y: Tensor, *, fill: Fill = 0.0) -> dict[str, float]:
     """Return the accuracy with all modalities (``"all"``) and with each one missing (``"without NAME"``).
 
     Args:
