@@ -1,7 +1,7 @@
 """rRCM (arXiv:2501.13094): does label-free pre-training along noise trajectories enlarge certified radii, at one pass?
 
 Quick scale: digits 8x8, sigma 0.25. The encoder is a small multilayer network that knows its noise level, pre-trained
-on all training images without labels (2,500 steps of 256, views shifted by one pixel with changed contrast, N from 21
+on all training images without labels (1,500 steps of 256, views shifted by one pixel with changed contrast, N from 21
 to 41 levels, teacher's decay 0.99). Four classifiers are then trained in the same way, with 100 labels (ten of each
 class) and with all: from scratch or pre-trained, each by noise augmentation alone or with the consistency loss of the
 paper's fine-tuning. The scratch arms are the controls. Figures are certified accuracies of 180 test images at L2 radii
@@ -128,7 +128,7 @@ class _Setting:
 # -- quick: digits ---------------------------------------------------------------------------------------------
 
 WIDTH = 128
-STEPS, TUNING_STEPS = 2500, 800
+STEPS, TUNING_STEPS = 1500, 500
 
 
 def _small_encoder(seed: int) -> TimeConditionedEncoder:
