@@ -1,7 +1,9 @@
 """Small boxes lie in the ball around adversarial points; ratio 1 is interval training; smaller ratios cost less."""
 
 import copy
+import json
 from functools import partial
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -16,6 +18,7 @@ from robust_core.threats import L2, Linf
 from robust_core.training import fit
 from vision_robust.certified.fast_certified_training import FastCertified, ibp_init_
 from vision_robust.certified.sabr import SABR, small_box
+from vision_robust.cli.app import app
 from vision_robust.models import mlp
 
 
@@ -92,6 +95,27 @@ def test_the_weight_of_l1_is_added() -> None:
     with_it, without = (SABR(Linf(0.05), l1=l1)(model, batch()) for l1 in (0.1, 0.0))
     size = sum(float(p.detach().abs().sum()) for p in model.parameters())
     assert float(with_it.total.detach() - without.total.detach()) == pytest.approx(0.1 * size, rel=1e-4)
+
+
+def test_the_shell_trains_on_small_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--method",
+        "fast-certified-training",
+        "--n",
+        "100",
+        "--epochs",
+        "3",
+        "--eps",
+        "0.02",
+        "--batch-size",
+        "16",
+    ]
+    own = ["--set", "variant=sabr", "--set", "ratio=0.3", "--set", "network=mlp", "--set", "width=24"]
+    rate = ["--batch-size", "16", "--learning-rate", "5e-3", "--set", "held_out=0"]
+    app(["harden", *words, *own, *rate, "--out", str(tmp_path / "a"), "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["figures"]["clean/accuracy"]["value"] > 0.3
+    with pytest.raises(ValueError, match="norm l2"):
+        app(["harden", *words, *own, *rate, "--norm", "l2", "--out", str(tmp_path / "b")], standalone_mode=False)
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -17,6 +17,7 @@ from robust_core.data import Dataset
 from robust_core.data.views import Transform, Views, flip, random_crop
 from robust_core.evaluation import Adversarial, Certified, Clean
 from robust_core.models import Normalize
+from robust_core.threats import Linf
 from robust_core.training import piecewise, scheduled
 from vision_robust.certified.fast_certified_training import (
     FastCertified,
@@ -26,6 +27,7 @@ from vision_robust.certified.fast_certified_training import (
     plot_training,
 )
 from vision_robust.certified.ibp_tightness import local_tightness
+from vision_robust.certified.sabr import SABR
 from vision_robust.models.certifiable import cnn7, mlp, wide_resnet8
 from vision_robust.recipes.base import Job, Recipe, Trained
 
@@ -43,7 +45,8 @@ class Settings:
     Attributes:
         network: what is trained where no ``--model`` is given, with batch normalisation.
         width: channels of its first layers (64 as in the paper), or units of the layers of ``"mlp"``.
-        variant: ``"ibp"`` or ``"crown-ibp"``.
+        variant: ``"ibp"``, ``"crown-ibp"``, or ``"sabr"``, which bounds small boxes around adversarial points.
+        ratio: of ``"sabr"``: radius of its boxes over that of the ball.
         ramp_start: epoch in which the radius begins to grow, from 1.
         ramp_length: epochs until it is full; None takes 3 of 10 epochs.
         regularisation: lambda_0; 0.2 or 0.1 for TinyImageNet.
@@ -58,7 +61,8 @@ class Settings:
 
     network: Literal["cnn7", "wide-resnet8", "mlp"] = "cnn7"
     width: int = 64
-    variant: Literal["ibp", "crown-ibp"] = "ibp"
+    variant: Literal["ibp", "crown-ibp", "sabr"] = "ibp"
+    ratio: float = 0.4
     ramp_start: int = 1
     ramp_length: int | None = None
     regularisation: float = 0.5
@@ -73,6 +77,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_count("width", self.width)
         check_count("held_out", self.held_out, low=0)
+        check_number("ratio", self.ratio, low=0, high=1, open_low=True)
         check_number("clip_norm", self.clip_norm, low=0, open_low=True)
 
 
@@ -125,6 +130,15 @@ def _split(data: Dataset, held_out: int, batch_size: int) -> tuple[Dataset, Data
     return data.subset(rest), data.subset(sorted(kept)) if kept else None
 
 
+def _objective(job: Job, settings: Settings, schedule: SmoothedEps) -> FastCertified:
+    weight, tolerance = settings.regularisation, settings.tolerance
+    if settings.variant != "sabr":
+        return FastCertified(job.threat, schedule, variant=settings.variant, regularisation=weight, tolerance=tolerance)
+    if not isinstance(job.threat, Linf):
+        raise ValueError(f"--norm {job.threat.name.lower()}: variant=sabr trains on boxes; choose --norm linf")
+    return SABR(job.threat, settings.ratio, schedule, regularisation=weight, tolerance=tolerance, generator=job.seed)
+
+
 def harden(job: Job, settings: Settings) -> Trained:
     """Initialise, train while the radius grows, draw what happened, and certify."""
     network, config = _network(job, settings)
@@ -133,13 +147,8 @@ def harden(job: Job, settings: Settings) -> Trained:
         ibp_init_(network, job.train.batch(range(1))["x"].to(job.device), generator=job.seed)
     length = max(1, round(0.3 * job.epochs)) if settings.ramp_length is None else settings.ramp_length
     eps = job.threat.eps
-    objective = FastCertified(
-        job.threat,
-        SmoothedEps.of_epochs(eps, start=settings.ramp_start, length=length, epochs=job.epochs),
-        variant=settings.variant,
-        regularisation=settings.regularisation,
-        tolerance=settings.tolerance,
-    )
+    schedule = SmoothedEps.of_epochs(eps, start=settings.ramp_start, length=length, epochs=job.epochs)
+    objective = _objective(job, settings, schedule)
     train, held_out = _split(job.train, settings.held_out, job.batch_size)
     crop: tuple[Transform, ...] = (partial(random_crop, share=1 / 16),)
     views = {"none": None, "crop": Views(x=crop), "flip-crop": Views(x=(flip, *crop))}
