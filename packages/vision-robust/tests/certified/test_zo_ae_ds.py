@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from vision_robust.certified.zo_ae_ds import (
     conv_autoencoder,
     paper_autoencoder,
 )
+from vision_robust.claims import zo_ae_ds as claim
 
 SIGMA = 0.35
 
@@ -275,3 +277,18 @@ def test_bad_arguments_are_refused() -> None:
     refuses(lambda: AutoencodedDenoised(nn.Identity(), nn.Identity(), digits_cnn()), "no auto-encoder")  # pyright: ignore
     refuses(lambda: conv_autoencoder((1, 2, 2), 4), "images that are too small")
     refuses(lambda: paper_autoencoder("imagenet"), "an unknown auto-encoder")
+
+
+def test_the_claim_has_a_figure_for_each_statement(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = replace(claim.DIGITS, n_train=48, n_test=6, n_samples=20, directions=3, latent=2, epochs=1, depth=2, width=2)
+    tiny = replace(tiny, classifier_epochs=1, autoencoder_epochs=1)
+    monkeypatch.setattr(claim, "QUICK", tiny)
+    monkeypatch.setattr(claim, "DIGITS", tiny)
+    figures = claim.run(0, "quick")
+    named = {statement.figure for statement in claim.STATEMENTS}
+    assert named == set(figures.measured) == set(figures.baseline)
+    exact = {gate.name: gate.passed for gate in figures.gates}
+    assert exact["every query is counted"]
+    assert exact["the classifier stayed as it was"]
+    assert exact["an untrained denoiser is the identity"]
+    assert exact["central coordinates are exact on quadratics"]
