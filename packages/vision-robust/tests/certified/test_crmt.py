@@ -514,6 +514,18 @@ def test_both_steps_train_through_fit_resume_and_are_evaluated_by_core(tmp_path)
         assert torch.equal(value, again.state_dict()[name])
 
 
+@pytest.mark.parametrize("variant", ["joint", "adversarial", "mixup"])
+def test_every_variant_trains_in_half_precision_too(variant):
+    view, x = three_modalities(), torch.rand(48, 32)
+    y = (4 * x[:, 12]).long().clamp(max=3)
+    stages = crmt_stages(epochs=4, lr=0.05, variant=variant, attack=FastPGD(L2(0.1), n_iter=2))
+    seen = []
+    state = fit(view, (x, y), stages, batch_size=16, precision="bf16", on_step=lambda _, loss: seen.append(loss.total))
+    assert state.finished
+    assert all(bool(value.isfinite()) for value in seen)
+    assert float(seen[11]) < float(seen[0])
+
+
 def test_the_official_schedule_has_two_stages_with_its_rates():
     stages = crmt_stages()
     assert [stage.epochs for stage in stages] == [140, 45]
@@ -536,27 +548,10 @@ def test_the_official_schedule_has_two_stages_with_its_rates():
 
 def test_two_steps_at_the_true_shapes_of_the_paper():
     """31 classes; spectrograms and frames, pooled over time, into 512 features each."""
-    from torchvision.models import resnet18
-
-    def encoder(channels):
-        network = resnet18(num_classes=1)
-        network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
-        network.add_module("fc", nn.Identity())
-        return network
-
-    class Frames(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.network = encoder(3)
-
-        def forward(self, x):
-            features = self.network(x.transpose(1, 2).flatten(0, 1))
-            return features.unflatten(0, (len(x), x.shape[2])).mean(1)
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = MultiModalClassifier({"audio": encoder(1), "video": Frames()}, OrthogonalFusion((512, 512), 31))
-    view = Packed(model, {"audio": (1, 129, 94), "video": (3, 2, 64, 64)})
+    shapes = {"audio": (1, 129, 94), "video": (3, 2, 64, 64)}
+    encoders = {name: encoder_for(shape, 512) for name, shape in shapes.items()}
+    model = MultiModalClassifier(encoders, OrthogonalFusion((512, 512), 31))
+    view = Packed(model, shapes)
     x = torch.rand(4, 129 * 94 + 3 * 2 * 64 * 64)
     y = torch.tensor([0, 30, 7, 7])
     state = fit(view, (x, y), crmt_stages(epochs=1, weight_epochs=0), batch_size=2)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_core.attacks import PGD
+from robust_core.certificates import merge
 from robust_core.claim import Figures, Gate, Scale, Statement
 from robust_core.data import Dataset, load
 from robust_core.errors import DataMissingError
@@ -179,8 +180,8 @@ def _train(view: Packed, setting: _Setting, stages: list[Stage], seed: int) -> P
     return view.eval()
 
 
-def _accuracy(view: Packed, x: Tensor, y: Tensor) -> float:
-    return 100 * float((predict_logits(view, x).argmax(1) == y).double().mean())
+def _batches(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(x.split(64), y.split(64), strict=True))
 
 
 def _robust(view: Packed, x: Tensor, y: Tensor, threat: L2, seed: int) -> float:
@@ -201,12 +202,12 @@ def _measure(view: Packed, x: Tensor, y: Tensor, seed: int) -> dict[str, float]:
     missing = missing_accuracy(view, x, y)
     first, second = (100 * missing[f"without {name}"] for name in view.names)
     alone = [_robust(view, x, y, view.threat(EPS, name), seed) for name in view.names]
-    masked = L2(EPS_MASKED)
+    masked, certifier = L2(EPS_MASKED), MultiModalCertifier(view)
     return {
         "clean": 100 * missing["all"],
         "without_first": first,
         "without_second": second,
-        "radius": MultiModalCertifier(view).certify(x, y).average_radius(y),
+        "radius": merge([certifier.certify(*part) for part in _batches(x, y)]).average_radius(y),
         "by_cross_entropy": _robust_published(view, x, y, L2(EPS), seed),
         "by_margin": _robust(view, x, y, L2(EPS), seed),
         "alone": min(alone),

@@ -42,6 +42,7 @@ def unimodal_margin_loss(
         mix: share of ``y``'s input, a number or (B,).
     """
     found = torch.stack(list(scores), dim=1)  # (B, M, K)
+    found = found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
     out = F.one_hot(y, found.shape[2]).to(found.dtype)
     reference, left_out = (found * out[:, None, :]).sum(2), out.bool()
     if other is not None:
