@@ -37,6 +37,7 @@ from vision_robust.explain.robust_counterfactuals import (
     WachterCounterfactual,
     evaluate_counterfactuals,
     lipschitz_constant,
+    neighbours,
     outlier_score,
     required_samples,
     retrain_models,
@@ -341,7 +342,7 @@ def test_t_rex_reaches_its_stability_within_its_ball() -> None:
     assert not bool(near.reached.any())
 
 
-def test_neighbours_against_a_slow_search() -> None:
+def test_neighbours_against_a_slow_search(monkeypatch: pytest.MonkeyPatch) -> None:
     _, train, x = cancer()
     recourse = small()
     accepted = train[recourse.score.accepts(train)]
@@ -353,6 +354,8 @@ def test_neighbours_against_a_slow_search() -> None:
     good = accepted[value - 3 * error >= 0.7]
     slow = torch.stack([good[(good - row).norm(dim=1).argmin()] for row in x])
     assert torch.equal(stable.points, slow)
+    monkeypatch.setattr(neighbours, "DISTANCES", 2 * len(accepted))  # two queries at a time
+    assert torch.equal(TRexNearestNeighbor(recourse, train, tau=0.7).generate(x).points, stable.points)
     unreachable = TRexNearestNeighbor(recourse, train, tau=0.9999).generate(x)
     assert torch.equal(unreachable.points, plain.points)
     assert not bool(unreachable.reached.any())

@@ -14,12 +14,14 @@ from torch import Tensor
 from robust_core.checks import check_inputs
 from vision_robust.explain.robust_counterfactuals.found import Counterfactuals, check_tau, report
 from vision_robust.explain.robust_counterfactuals.search import SURE
-from vision_robust.explain.robust_counterfactuals.stability import Recourse
+from vision_robust.explain.robust_counterfactuals.stability import Meter, Recourse
 
 __all__ = ["NearestCounterfactual", "TRexNearestNeighbor"]
 
 BLOCK = 8
 """Candidates of each row that are looked at together, nearest first; the block doubles while rows stay open."""
+DISTANCES = 1 << 25
+"""Distances between queries and training points that are held at a time."""
 
 
 def _pool(recourse: Recourse, x: Tensor, train_x: Tensor) -> Tensor:
@@ -52,13 +54,20 @@ def _candidates(recourse: Recourse, x: Tensor, pool: Tensor, chosen: Tensor) -> 
     return spec.snap(spec.project(pool[chosen.flatten()], start), start)
 
 
-def _scan(recourse: Recourse, x: Tensor, pool: Tensor, tau: float | None) -> tuple[Tensor, Tensor]:
+def _search(recourse: Recourse, x: Tensor, train_x: Tensor, tau: float | None) -> tuple[Tensor, Tensor]:
+    """Return proposals (B, ...) and ranks (B,), for so many queries at a time that their distances fit."""
+    pool = _pool(recourse, x, train_x)
+    meter = None if tau is None else recourse.meter(x, "search")
+    found = [_scan(recourse, rows, pool, meter, tau) for rows in x.split(max(1, DISTANCES // len(pool)))]
+    return torch.cat([points for points, _ in found]), torch.cat([rank for _, rank in found])
+
+
+def _scan(recourse: Recourse, x: Tensor, pool: Tensor, meter: Meter | None, tau: float | None) -> tuple[Tensor, Tensor]:
     """Return the first proposal (B, ...) that is accepted and stable enough, and its rank (B,).
 
     A row without one keeps the nearest accepted proposal, or where there is none the nearest proposal.
     """
     order = _order(recourse, x, pool)
-    meter = None if tau is None else recourse.meter(x, "search")
     points = _candidates(recourse, x, pool, order[:, :1])
     rank = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     open_, fallback = torch.ones_like(rank, dtype=torch.bool), torch.ones_like(rank, dtype=torch.bool)
@@ -99,7 +108,7 @@ class NearestCounterfactual:
     def generate(self, x: Tensor) -> Counterfactuals:
         """Return a proposal for each row of ``x`` (B, ...); ``steps`` is its rank among the accepted points."""
         self.recourse.check(x)
-        points, rank = _scan(self.recourse, x, _pool(self.recourse, x, self.train_x), None)
+        points, rank = _search(self.recourse, x, self.train_x, None)
         return report(self.recourse, x, points, rank, method="nearest neighbour", tau=None)
 
 
@@ -125,5 +134,5 @@ class TRexNearestNeighbor:
     def generate(self, x: Tensor) -> Counterfactuals:
         """Return a proposal for each row of ``x`` (B, ...); ``steps`` is its rank among the accepted points."""
         self.recourse.check(x)
-        points, rank = _scan(self.recourse, x, _pool(self.recourse, x, self.train_x), self.tau)
+        points, rank = _search(self.recourse, x, self.train_x, self.tau)
         return report(self.recourse, x, points, rank, method="T-Rex:NN", tau=self.tau)
