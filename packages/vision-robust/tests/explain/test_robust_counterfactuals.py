@@ -413,6 +413,10 @@ def test_retraining_goes_on_from_its_folder_and_repeats(tmp_path: Path) -> None:
     assert not torch.equal(whole[0].get_parameter("weight"), whole[1].get_parameter("weight"))
     with pytest.raises(CheckpointError, match="seed: 4 there, 5 here"):
         retrain_models(plan, data, 3, generator=5, folder=tmp_path)
+    long = retrain_models(replace(plan, keep_epochs=True), data, 1, generator=4, folder=tmp_path / "long")[0]
+    assert torch.equal(long.get_parameter("weight"), whole[0].get_parameter("weight"))
+    kept = sorted(path.name for path in (tmp_path / "long").iterdir())
+    assert kept == ["model-0001.safetensors", "retraining.json"]
     ForkingPickler.dumps((plan, data, whole[0]))  # what worker processes are sent, and send back
     left_out = replace(plan, mode="leave_out")
     rows = [left_out.rows(100, 0, number).tolist() for number in (1, 2)]

@@ -377,6 +377,7 @@ def stability_guarantee(
 ) -> float:
     """Return the probability with which a changed model scores at least ``R - eps`` (theorem 1), rounded down.
 
+    With eps fixed beforehand, a point whose ``R`` is at least the threshold plus eps stays valid with this probability.
     ``1 - exp(-k eps^2 / (8 (gamma_m + gamma)^2 sigma^2))``, over the changed model M and the draws; ``R`` is the
     stability with the constant ``gamma_changed``, at a point chosen without looking at these draws. It *assumes*
     ``E[M] = m`` around that point, ``|E[Z | M] - E[Z]| < eps_prime`` for the smoothed difference Z, and true Lipschitz
