@@ -2,8 +2,8 @@
 
     python benchmarks/guarantees.py [--n 96] [--samples 2000] [--json FILE] [--only NAME]
 
-Deterministic certificates are attacked at every certified row's own radius, in the norm that it speaks of, with more
-than one attack: ascent of the margin from the point and from random starts, of the cross-entropy, and the minimum-norm
+Deterministic certificates are attacked at every certified row's own radius, in the norm that it speaks of and inside
+the domain for which it holds (all of space where it names none), with more than one attack: ascent of the margin from the point and from random starts, of the cross-entropy, and the minimum-norm
 attacks of core. One changed prediction is a violation. Certificates by sampling speak of smoothed functions: attacks
 average over fresh noise (EOT), and a break is counted where PREDICT, on the attacked input and with new noise, returns
 another class than the certified one; they may happen with probability ``alpha`` for each row. Exit code 1 on any
@@ -51,28 +51,17 @@ class Count:
     seconds: float
 
 
-class Scaled(nn.Module):
-    """Rows of different radii as one problem of radius 1: ``z -> model(x + r z)``, row by row."""
-
-    def __init__(self, model: nn.Module, x: Tensor, radius: Tensor) -> None:
-        super().__init__()
-        self.model, self.x = model, x
-        self.radius = radius.reshape(-1, *[1] * (x.ndim - 1))
-        self.rows: Tensor | None = None
-
-    def forward(self, z: Tensor) -> Tensor:
-        x, radius = self.x, self.radius
-        return self.model((x + radius * z).to(x.dtype))
-
-
-def broken_inside(model: nn.Module, x: Tensor, certificate: Certificate, *, restarts: int = 3) -> tuple[int, int]:
-    """Return (rows whose prediction an attack changes inside their radius, attacks run on each row)."""
+def broken_inside(
+    model: nn.Module, x: Tensor, certificate: Certificate, domain: tuple[float, float] | None, *, restarts: int = 3
+) -> tuple[int, int]:
+    """Return (rows whose prediction an attack changes inside radius and domain, attacks run on each row)."""
     rows = certificate.certified & (certificate.radius > 0)
     x, label, radius = x[rows], certificate.prediction[rows], certificate.radius[rows]
     kind = Linf if certificate.about.norm == "Linf" else L2
     broken = torch.zeros(len(x), dtype=torch.bool)
     attacks = 0
-    for point in candidates(model, x, label, radius, kind, restarts):
+    threats = partial(kind, domain=domain)
+    for point in candidates(model, x, label, radius, threats, restarts):
         attacks += 1
         inside = kind(1.0, None).norm(point.double() - x.double()) <= radius
         broken |= inside & (predict_logits(model, point).argmax(1) != label)
@@ -80,12 +69,13 @@ def broken_inside(model: nn.Module, x: Tensor, certificate: Certificate, *, rest
 
 
 def candidates(
-    model: nn.Module, x: Tensor, label: Tensor, radius: Tensor, kind: type[Any], restarts: int
+    model: nn.Module, x: Tensor, label: Tensor, radius: Tensor, kind: Callable[[float], Any], restarts: int
 ) -> Iterator[Tensor]:
     """Yield attacked points: margin and cross-entropy ascent inside the radius, and minimum-norm attacks."""
     generator = torch.Generator().manual_seed(0)
     column = radius.reshape(-1, *[1] * (x.ndim - 1))
-    unit = kind(1.0, None)
+    whole = kind(float(radius.max()))
+    unit = type(whole)(1.0, None)
     for loss in ("margin", "cross-entropy"):
         for restart in range(restarts):
             start = torch.zeros_like(x) if restart == 0 else torch.randn(x.shape, generator=generator, dtype=x.dtype)
@@ -96,11 +86,11 @@ def candidates(
                 (gradient,) = torch.autograd.grad(objective(loss, logits, label).sum(), z)
                 length = 2.0 * (1 - step / 60) + 0.02
                 z = unit.project(z.detach() + length * 0.25 * unit.steepest(gradient), torch.zeros_like(x))
-            yield inward(x, (column * z).to(x.dtype), radius, unit)
-    largest = float(radius.max())
-    minimum: list[Any] = [FAB(kind(largest, None), n_iter=50)]
-    if kind is L2:
-        minimum.append(CarliniWagner(L2(largest, None), n_iter=100))
+                z = (whole.clamp((x + column * z).to(x.dtype)) - x) / column
+            yield whole.clamp(inward(x, (column * z).to(x.dtype), radius, unit))
+    minimum: list[Any] = [FAB(whole, n_iter=50)]
+    if isinstance(whole, L2):
+        minimum.append(CarliniWagner(whole, n_iter=100))
     for attack in minimum:
         yield attack.run(model, x, label).x_adv
 
@@ -150,10 +140,13 @@ def judge(name: str, certifier: Any, model: nn.Module, x: Tensor, y: Tensor) -> 
     started = time.perf_counter()
     certificate = certifier.certify(x, y) if name.startswith("smooth") else certifier.certify(x)
     rows = certificate.certified & (certificate.radius > 0)
+    domain = getattr(getattr(certifier, "threat", None), "domain", None)
     if certificate.alpha > 0:
         broken, attacks = smoothed_breaks(certifier, x, certificate)
     else:
-        broken, attacks = broken_inside(model, x, certificate)
+        broken, attacks = broken_inside(
+            model, x, certificate, getattr(getattr(certifier, "threat", None), "domain", None)
+        )
         if certificate.about.norm == "Linf" and bool(rows.any()):
             threat = Linf(float(certificate.radius[rows].min()))
             found = AutoAttack(threat).run(model, x[rows], certificate.prediction[rows])
