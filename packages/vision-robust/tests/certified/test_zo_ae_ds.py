@@ -18,6 +18,7 @@ from robust_core.data import load
 from robust_core.models import fingerprint, predict_logits
 from robust_core.testing.conformance import refuses
 from robust_core.testing.tiny import digits, digits_cnn
+from robust_core.threats import L2
 from robust_core.training import fit
 from vision_robust.certified.zo_ae_ds import (
     AutoencodedDenoised,
@@ -28,6 +29,7 @@ from vision_robust.certified.zo_ae_ds import (
     FrontStability,
     QueryBudgetExceeded,
     QueryStability,
+    ReconstructionAttack,
     conv_autoencoder,
     paper_autoencoder,
 )
@@ -187,29 +189,50 @@ def test_a_spent_budget_is_resumed_from_the_checkpoint_with_the_same_bits(tmp_pa
     assert run("cut", spent) == (whole, spent)
 
 
+def _rebuild(x: Tensor) -> Tensor:
+    """Measure 24 combinations of the pixels and take the least image that explains them."""
+    measure = torch.randn(24, 64, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    return (x.flatten(1) @ measure.T @ torch.linalg.pinv(measure).T).reshape(x.shape)
+
+
 def test_reconstructions_are_made_stable_by_the_same_queries() -> None:
     """The second application: a black box that returns images; its answers to noisy images come near those to clean."""
-    measure = torch.randn(24, 64, generator=torch.Generator().manual_seed(0)) / 8
-    inverse = torch.linalg.pinv(measure)
-
-    def rebuild(x: Tensor) -> Tensor:
-        return (x.flatten(1) @ measure.T @ inverse.T).reshape(x.shape)
-
-    x, _ = digits()
-    box = BlackBox(rebuild, scores="values")
+    x, data = digits()[0][:200], load("digits", split="train")
+    box = BlackBox(_rebuild, scores="values")
     whole = Denoised(DnCNN(1, depth=3, width=8, momentum=0.1, generator=1), box)
     objective = QueryStability(SIGMA, task="reconstruction", estimator="random", n_directions=32)
-    data = load("digits", split="train")
 
     def error() -> float:
-        noisy = x[:200] + SIGMA * torch.randn(x[:200].shape, generator=torch.Generator().manual_seed(1))
+        noisy = x + SIGMA * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            return float((whole.eval()(noisy) - box(x[:200])).square().mean())
+            return float((whole.eval()(noisy) - box(x)).square().mean())
 
-    before = error()
+    before, asked = error(), box.queries
     fit(whole, data, objective, epochs=4, batch_size=64, optimiser=partial(torch.optim.Adam, lr=3e-3))
+    assert box.queries - asked == objective.queries == 4 * len(data) * 34  # q + 1, and the clean image itself
     assert error() < 0.6 * before
-    assert objective.queries == 4 * len(data) * 34  # q + 1, and the clean image itself
+
+
+def test_reconstructions_are_attacked_with_gradients_and_without() -> None:
+    """On a linear map the worst point is known: the largest singular vector of it, as far as the ball reaches."""
+    x = digits()[0][:12].double()
+    attack = ReconstructionAttack(L2(0.5, domain=None), n_directions=48)
+    closed = BlackBox(_rebuild, scores="values")
+
+    class Open(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return _rebuild(x)
+
+    most = 0.5**2 / 64  # a projection lengthens nothing
+    for model, share in ((Open(), 0.98), (closed, 0.9)):
+        moved = attack(model, x, generator=3)
+        with torch.no_grad():
+            error = (model(moved).flatten(1) - model(x).flatten(1)).square().mean(1)
+        assert bool((error <= most * (1 + 1e-9)).all())
+        assert float(error.min()) > share * most
+        assert bool(attack.threat.contains(moved, x).all())
+    assert torch.equal(attack(closed, x, generator=3), attack(closed, x, generator=3))
+    refuses(lambda: attack(closed, x + torch.nan), "NaN")
 
 
 def test_the_gradient_of_reconstruction_is_that_of_the_squared_error() -> None:

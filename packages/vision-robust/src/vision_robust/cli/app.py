@@ -78,6 +78,9 @@ def _measure(setting: Setting, parts: Sequence[Any], *, resume: Path | None, out
             command=_command(),
             on_step=report,
         )
+    asked = sum(int(getattr(part, "queries", 0)) for part in setting.model.modules() if hasattr(part, "max_queries"))
+    if asked:
+        console.info(f"{asked} queries were made of the black box")
     if out is not None:
         found.save(out)
     if json:

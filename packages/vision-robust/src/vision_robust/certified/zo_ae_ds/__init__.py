@@ -15,6 +15,8 @@ which counts as part of the black box, brings it back: ``f(phi(psi(D(x))))``.
 - estimates of the gradient (RGE, CGE) -> ``robust_core.zeroth_order``
 - the objective ``E CE(f(phi(psi(D(x + noise)))), argmax f(x))`` by queries -> :class:`QueryStability`; by gradients,
   where the model is open (FO-DS, FO-AE-DS) -> :class:`FrontStability`
+- the second application, a black box that reconstructs images -> ``QueryStability(task="reconstruction")``; the attack
+  that it is judged by -> :class:`ReconstructionAttack`
 - certificates -> ``robust_core.certificates.Smoothing`` on the whole: the promise is about D, psi, phi and f together
 
 ::
@@ -44,6 +46,7 @@ from vision_robust.certified.zo_ae_ds.autoencoder import (
     paper_autoencoder,
 )
 from vision_robust.certified.zo_ae_ds.objective import FrontStability, QueryStability
+from vision_robust.certified.zo_ae_ds.reconstruction import ReconstructionAttack
 from vision_robust.models.black_box import BlackBox, QueryBudgetExceeded
 from vision_robust.models.queries import HttpQuery, OnnxQuery, QueryError, black_box
 
@@ -60,6 +63,7 @@ __all__ = [
     "QueryBudgetExceeded",
     "QueryError",
     "QueryStability",
+    "ReconstructionAttack",
     "black_box",
     "conv_autoencoder",
     "paper_autoencoder",

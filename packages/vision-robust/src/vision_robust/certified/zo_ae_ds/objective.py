@@ -24,6 +24,7 @@ from robust_core.zeroth_order import (
 )
 from vision_robust.certified.denoised_smoothing import Denoised, Stability, denoised
 from vision_robust.certified.zo_ae_ds.autoencoder import AutoencodedDenoised
+from vision_robust.certified.zo_ae_ds.reconstruction import squared_error
 from vision_robust.models.black_box import BlackBox
 
 __all__ = ["FrontStability", "QueryStability"]
@@ -36,11 +37,7 @@ def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(scores.double(), target, reduction="none")
 
 
-def _squared_error(scores: Tensor, target: Tensor) -> Tensor:
-    return (scores.double() - target.double()).square().flatten(1).mean(1)
-
-
-_TASKS = {"classification": _cross_entropy, "reconstruction": _squared_error}
+_TASKS = {"classification": _cross_entropy, "reconstruction": squared_error}
 
 
 class FrontStability(Stability):
