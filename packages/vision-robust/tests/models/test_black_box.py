@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from robust_core.attacks import ArrayModel, AutoAttack
@@ -146,10 +144,17 @@ def test_evaluations_note_that_it_has_no_gradient_and_raise_no_alarm() -> None:
 # -- ONNX ------------------------------------------------------------------------------------------------------
 
 
-def _save(path: Path, batch: Any, *, nhwc: bool = False, kind: int = TensorProto.FLOAT, inputs: int = 1) -> Path:
+def _save(path: Path, batch: Any, *, nhwc: bool = False, kind: str = "FLOAT", inputs: int = 1) -> Path:
+    """Write the linear network; onnx is imported here, for it is a tool of development only."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
     weight = _linear().get_parameter("1.weight").detach().numpy().T.copy()
     shape = [batch, 8, 8, 1] if nhwc else [batch, 1, 8, 8]
-    given = [helper.make_tensor_value_info(f"images{i or ''}", kind, shape) for i in range(inputs)]
+    given = [
+        helper.make_tensor_value_info(f"images{i or ''}", TensorProto.DataType.Value(kind), shape)
+        for i in range(inputs)
+    ]
     nodes = [helper.make_node("Flatten", ["as_float"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["scores"])]
     nodes = [helper.make_node("Cast", ["images"], ["as_float"], to=TensorProto.FLOAT), *nodes]
     out = helper.make_tensor_value_info("scores", TensorProto.FLOAT, [batch, CLASSES])
@@ -158,7 +163,6 @@ def _save(path: Path, batch: Any, *, nhwc: bool = False, kind: int = TensorProto
     return path
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(("batch", "nhwc"), [("n", False), (1, False), (4, False), ("n", True), (3, True)])
 def test_onnx_files_answer(tmp_path: Path, batch: Any, nhwc: bool) -> None:
     x, _ = digits()
@@ -184,7 +188,7 @@ def test_onnx_files_that_do_not_fit_say_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one input"):
         OnnxQuery(_save(tmp_path / "two.onnx", "n", inputs=2))
     with pytest.raises(ValueError, match="floating point"):
-        OnnxQuery(_save(tmp_path / "bytes.onnx", "n", kind=TensorProto.UINT8))
+        OnnxQuery(_save(tmp_path / "bytes.onnx", "n", kind="UINT8"))
     with pytest.raises(ValueError, match="output='probs'"):
         OnnxQuery(_save(tmp_path / "net.onnx", "n"), output="probs")
     with pytest.raises(ValueError, match="layout"):

@@ -23,7 +23,7 @@ SCORES = ("auto", "logits", "probabilities", "labels", "values")
 _SUM = 1e-3  # how far float16 probabilities of a service may be from summing to 1
 
 
-class QueryBudgetExceeded(BudgetExceededError):  # noqa: N818 - the name of the sheet of methods, and plain English
+class QueryBudgetExceeded(BudgetExceededError):  # noqa: N818 - plain English
     """A black box was asked for more queries than are left.
 
     Attributes:
