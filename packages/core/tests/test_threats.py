@@ -171,6 +171,7 @@ def test_a_partial_threat_moves_its_stretch_as_the_whole_one_would_and_nothing_e
     nudged = x.clone()
     nudged[:, 3, 3, 3] = x[:, 3, 3, 3] / 2
     assert not part.contains(nudged, x).any()
+    assert part.distance(nudged, x).isinf().all()
     direction = part.steepest(point.float())
     assert not direction.narrow(1 + dim, 3, 1).any()
     torch.testing.assert_close(direction.flatten(1).norm(dim=1), torch.ones(6))

@@ -111,6 +111,10 @@ class Threat(ABC):
             inside &= (flat.amin(1) >= self.domain[0]) & (flat.amax(1) <= self.domain[1])
         return inside
 
+    def reach(self, gradient: Tensor) -> Tensor:
+        """Return the part of a gradient along which an attacker can move: all of it."""
+        return gradient
+
     def rescale(self, x: Tensor, delta: Tensor, *, fill: bool = False) -> Tensor:
         """Return ``x + delta`` with ``delta`` shortened to length ``eps`` where it is longer, rounded inward.
 
@@ -269,7 +273,8 @@ class L2(Threat):
 class PartialL2(L2):
     """Only a stretch along one dimension of the input may change, by an Euclidean length of at most ``eps``.
 
-    Certificates for L2 hold here too; they may be far from tight.
+    Certificates for L2 hold here too; they may be far from tight. Attacks see the gradient that they can use
+    (:meth:`reach`); Carlini and Wagner's moves all elements by rounding where there is a domain, and rarely succeeds.
 
     Args:
         start: first place along that dimension that may change.
@@ -303,9 +308,14 @@ class PartialL2(L2):
         inside = (place >= self.start) & (place < self.stop)
         return inside.reshape(-1, *[1] * (len(shape) - self.dim - 1))
 
-    def contains(self, x_adv: Tensor, x: Tensor) -> Tensor:  # noqa: D102
-        elsewhere = _flat((x_adv == x) | self._moving(x)).all(1)
-        return super().contains(x_adv, x) & elsewhere
+    def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Return (B,) float64: the length of the stored difference, infinite where anything else has changed."""
+        rest = _flat((x_adv == x) | self._moving(x)).all(1)
+        return torch.where(rest, super().distance(x_adv, x), torch.inf)
+
+    def reach(self, gradient: Tensor) -> Tensor:
+        """Return the gradient, 0 where nothing may change."""
+        return gradient * self._moving(gradient)
 
     def rescale(self, x: Tensor, delta: Tensor, *, fill: bool = False) -> Tensor:  # noqa: D102
         return super().rescale(x, delta * self._moving(x), fill=fill)
@@ -321,7 +331,7 @@ class PartialL2(L2):
         return moved
 
     def steepest(self, gradient: Tensor) -> Tensor:  # noqa: D102
-        return super().steepest(gradient * self._moving(gradient))
+        return super().steepest(self.reach(gradient))
 
 
 class L1(Threat):

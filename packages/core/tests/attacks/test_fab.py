@@ -7,7 +7,7 @@ from torch import nn
 from robust_core.attacks.fab import FAB
 from robust_core.attacks.hyperplane import nearest_on_hyperplane
 from robust_core.testing.tiny import digits, digits_cnn
-from robust_core.threats import L1, L2, Linf
+from robust_core.threats import L1, L2, Linf, PartialL2
 
 THREATS = (Linf, L2, L1)
 
@@ -154,3 +154,16 @@ def test_counts_every_pass():
 def test_refuses_bad_settings(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         FAB(Linf(0.1), **bad)
+
+
+def test_a_partial_threat_is_met_at_the_distance_within_its_stretch():
+    model, x, y = _linear()
+    w = model.weight.detach()
+    logits = model(x).detach()
+    exact = (logits[:, 0] - logits[:, 1]).abs() / (w[0] - w[1])[5:12].norm()
+    for factor, wanted in ((1.02, True), (0.98, False)):
+        for row in range(4):
+            threat = PartialL2(factor * float(exact[row]), None, 5, 12)
+            result = FAB(threat, n_iter=10).run(model, x[row : row + 1], y[row : row + 1])
+            assert bool(result.success.all()) == wanted
+            assert threat.contains(result.x_adv, x[row : row + 1]).all()

@@ -169,7 +169,7 @@ class Problem:
     def gradient(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (B, C), losses (B,) and the gradient (B, ...) of each row's loss, from one pass.
 
-        NaN in the gradient becomes 0.
+        NaN in the gradient becomes 0, as does what the threat cannot reach.
 
         Args:
             x: (B, ...) points.
@@ -182,7 +182,7 @@ class Problem:
         for _ in range(self.n_draws - 1):
             total = tuple(a + b for a, b in zip(total, self._gradient(x, loss), strict=True))
         logits, losses, gradient = (t / self.n_draws for t in total) if self.n_draws > 1 else total
-        return logits, losses, gradient.nan_to_num_()
+        return logits, losses, self.threat.reach(gradient.nan_to_num_())
 
     def _gradient(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         point = x.detach().requires_grad_(True)
