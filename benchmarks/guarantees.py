@@ -3,11 +3,12 @@
     python benchmarks/guarantees.py [--n 96] [--samples 2000] [--json FILE] [--only NAME]
 
 Deterministic certificates are attacked at every certified row's own radius, in the norm that it speaks of and inside
-the domain for which it holds (all of space where it names none), with more than one attack: ascent of the margin from the point and from random starts, of the cross-entropy, and the minimum-norm
-attacks of core. One changed prediction is a violation. Certificates by sampling speak of smoothed functions: attacks
-average over fresh noise (EOT), and a break is counted where PREDICT, on the attacked input and with new noise, returns
-another class than the certified one; they may happen with probability ``alpha`` for each row. Exit code 1 on any
-violation of a deterministic certificate, or on more breaks than chance allows.
+the domain for which it holds (all of space where it names none), with more than one attack: ascent of the margin from
+the point and from random starts, of the cross-entropy, and the minimum-norm attacks of core. One changed prediction is
+a violation. Certificates by sampling speak of smoothed functions: attacks average over fresh noise (EOT), and a break is
+counted where PREDICT, on the attacked input and with new noise, returns another class than the certified one; breaks
+may happen with probability ``alpha`` for each row. Exit code 1 on any violation of a deterministic certificate, or on
+more breaks than chance allows.
 """
 
 from __future__ import annotations
@@ -144,9 +145,7 @@ def judge(name: str, certifier: Any, model: nn.Module, x: Tensor, y: Tensor) -> 
     if certificate.alpha > 0:
         broken, attacks = smoothed_breaks(certifier, x, certificate)
     else:
-        broken, attacks = broken_inside(
-            model, x, certificate, getattr(getattr(certifier, "threat", None), "domain", None)
-        )
+        broken, attacks = broken_inside(model, x, certificate, domain)
         if certificate.about.norm == "Linf" and bool(rows.any()):
             threat = Linf(float(certificate.radius[rows].min()))
             found = AutoAttack(threat).run(model, x[rows], certificate.prediction[rows])
