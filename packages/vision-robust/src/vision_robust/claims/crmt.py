@@ -12,13 +12,14 @@ saturates with the scale of the logits, and by the margin, which does not. Certi
 
 Found over ten seeds at the quick scale. Modalities missing: CRMT gains 34 points without the lower half and 8 without
 the upper one, so that "15 on both sides" fails. Training margins does make each half a good classifier of its own, but
-it also lets the encoder of a blank half speak at four fifths of its usual volume (joint training: a seventh), and zeros
-are counted as a vote. On held-out training data of three other seeds, where the missing half's scores are left out of
-the sum instead (``fill=None``), CRMT has 85 and 75 per cent against 66 and 44 of joint training; filled by the mean
-image 82 and 75 against 56 and 63. Step 2 does what it says, if by little. The headline of robust accuracy is an effect of
-the attack: by the published cross entropy CRMT leads by 5 points, by the margin it trails by 5, and at 0.8 the cross
-entropy overrates it by 20 points and joint training by none. Certified radii shrink to three fifths: step 1 raises
-margins, and Lipschitz constants faster. The gates rule out a fault of bound, directions or steps.
+it also lets the encoder of a blank upper half speak at four fifths of its usual volume (a blank lower half: half of it;
+joint training: a seventh and a quarter), and zeros are counted as a vote. On held-out training data of three other
+seeds, with the missing half's scores left out of the sum (``fill=None``), CRMT has 85 and 75 per cent where joint
+training has 66 and 44; with the mean image in its place 82 and 75 against 56 and 63. Step 2 does what it says, if by
+little. The headline of robust accuracy is an effect of the attack: by the published cross entropy CRMT leads by 5
+points, by the margin it trails by 5, and at 0.8 the cross entropy overrates it by 20 points and joint training by none.
+Certified radii shrink to three fifths: step 1 raises margins, and Lipschitz constants faster. The gates rule out a
+fault of bound, directions or steps.
 """
 
 from __future__ import annotations
