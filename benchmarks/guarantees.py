@@ -5,8 +5,8 @@
 Deterministic certificates are attacked at every certified row's own radius, in the norm that it speaks of and inside
 the domain for which it holds (all of space where it names none), with more than one attack: ascent of the margin from
 the point and from random starts, of the cross-entropy, and the minimum-norm attacks of core. One changed prediction is
-a violation. Certificates by sampling speak of smoothed functions: attacks average over fresh noise (EOT), and a break is
-counted where PREDICT, on the attacked input and with new noise, returns another class than the certified one; breaks
+a violation. Certificates by sampling speak of smoothed functions: attacks average over fresh noise (EOT), and a break
+is counted where PREDICT, on the attacked input and with new noise, returns another class than the certified one; breaks
 may happen with probability ``alpha`` for each row. Exit code 1 on any violation of a deterministic certificate, or on
 more breaks than chance allows.
 """

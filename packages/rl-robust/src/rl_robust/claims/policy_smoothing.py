@@ -3,8 +3,8 @@
 Quick scale: CartPole, 200 steps, five frames, PPO (64-64, eight environments, 60,000 steps) with sigma = 0.2 and
 without noise; certificates from 10,000 fresh episodes by Clopper-Pearson bounds at the returns 1 .. 200, fixed
 beforehand, with alpha = 0.05. Attacks with a budget for the episode: offsets along each axis both ways over 60 and 200
-steps (the worst of 16 is chosen on 300 episodes and measured on 2,000 others) and greedy gradient steps. Full scale: the
-paper's DQN recipe of 500,000 steps. Hyper-parameters of PPO were chosen on training seeds of 1,000 and above.
+steps (the worst of 16 is chosen on 300 episodes and measured on 2,000 others) and greedy gradient steps. Full scale:
+the paper's DQN recipe of 500,000 steps. Hyper-parameters of PPO were chosen on training seeds of 1,000 and above.
 
 The paper shows curves, no table: the margins here are fixed in advance.
 """
@@ -37,7 +37,8 @@ _CURVES = "the paper shows curves, not figures"
 
 STATEMENTS: tuple[Statement, ...] = (
     Statement(
-        text="With noise 0.2, at least 160 of 200 steps are certified for a budget of 0.2, however the attacker adapts.",
+        text="With noise 0.2, at least 160 of 200 steps are certified for a budget of 0.2, however the attacker "
+        "adapts.",
         metric="certified expected return at eps 0.2, against 160",
         figure="certified",
         unit="steps",
