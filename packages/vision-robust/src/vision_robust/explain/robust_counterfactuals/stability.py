@@ -28,8 +28,9 @@ __all__ = [
 
 CHUNK_NUMBERS, KEPT_NUMBERS = 1 << 20, 1 << 25
 """Noise is drawn in chunks of so many numbers, and kept between steps while it has no more than the second."""
-PASS_NUMBERS, MOST_ROWS = 1 << 23, 1 << 14
-"""By default a pass holds at most so many numbers of inputs, and so many inputs."""
+PASS_NUMBERS, MOST_ROWS = 1 << 20, 1 << 12
+"""By default a pass holds at most so many numbers of inputs, and so many inputs: activations that leave the caches of a
+CPU, and memory that is asked for anew, cost more than larger batches save."""
 ROUNDING = 1 + 1e-9
 
 
@@ -43,7 +44,7 @@ class Score:
         target: the wanted class.
         threshold: accepted from this probability on. With more than two classes 1/2 means that the target wins.
         output: ``"logits"`` or ``"probability"``.
-        batch_size: most inputs in one pass; as many as hold 8 million numbers when None. Results do not depend on it.
+        batch_size: most inputs in one pass; as many as hold a million numbers when None. Results do not depend on it.
     """
 
     model: Classifier
@@ -61,7 +62,7 @@ class Score:
 
     def rows(self, x: Tensor) -> int:
         """Return how many inputs shaped like those of ``x`` go into one pass."""
-        return self.batch_size or min(MOST_ROWS, max(16, PASS_NUMBERS // max(1, x[0].numel())))
+        return self.batch_size or min(MOST_ROWS, max(32, PASS_NUMBERS // max(1, x[0].numel())))
 
     def check(self, x: Tensor) -> None:
         """Look at inputs and at the model's answer to them once.
