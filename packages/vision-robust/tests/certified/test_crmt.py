@@ -380,6 +380,21 @@ def test_a_missing_modality_is_certified_for_the_model_that_remains():
         assert not attack.run(rest, x[row : row + 1], y[row : row + 1]).success.any()
 
 
+def test_the_better_of_constants_and_crown_is_sound_and_belongs_to_each_row():
+    view, x = three_modalities(), normal(12, 32, seed=7)
+    y = predict_logits(view, x).argmax(1)
+    plain, both = MultiModalCertifier(view).certify(x, y), MultiModalCertifier(view, crown_up_to=1.0).certify(x, y)
+    assert (both.radius >= plain.radius).all()
+    assert (both.radius > plain.radius).any()
+    assert (both.details["radius_touch"] >= both.radius * (1 - 1e-5)).all()
+    alone = MultiModalCertifier(view, crown_up_to=1.0).certify(x[3:4], y[3:4])
+    assert torch.equal(alone.radius, both.radius[3:4])
+    for row in range(0, 12, 3):
+        threat = L2(float(both.radius[row]), None)
+        attack = PGD(threat, n_iter=20, loss="margin")
+        assert not attack.run(view, x[row : row + 1], y[row : row + 1]).success.any()
+
+
 def test_any_core_certifier_reads_the_packed_view_and_unsupported_layers_are_named():
     view, x = three_modalities(), normal(8, 32, seed=5)
     y = predict_logits(view, x).argmax(1)

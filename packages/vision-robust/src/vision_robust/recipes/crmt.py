@@ -73,12 +73,14 @@ class Settings:
 class CertifySettings:
     """Modalities that are attacked together (all that are there, by default), and those that are missing.
 
-    ``fill`` stands in the place of what is missing; none leaves its scores out.
+    ``fill`` stands in the place of what is missing; none leaves its scores out. ``crown_up_to``: also search radii up
+    to this one with CROWN, which takes longer.
     """
 
     attacked: tuple[str, ...] | None = None
     missing: tuple[str, ...] | None = None
     fill: float | None = 0.0
+    crown_up_to: float | None = None
 
 
 def _layout(job: Job, settings: Settings) -> tuple[dict[str, tuple[int, ...]], int | None]:
@@ -191,7 +193,7 @@ def certifier(model: nn.Module, proof: Proof, settings: CertifySettings) -> Mult
     if not isinstance(model, Packed):
         raise TypeError(f"model is a {type(model).__name__}; CRMT certifies classifiers of several modalities")
     view = model if settings.missing is None else model.without(settings.missing, settings.fill)
-    return MultiModalCertifier(view, settings.attacked)
+    return MultiModalCertifier(view, settings.attacked, crown_up_to=settings.crown_up_to)
 
 
 RECIPE = Recipe(
