@@ -9,6 +9,13 @@ the seed, Linf 0.1, 5 epochs of which 3 grow). Full scale: CIFAR-10 as in the pa
 Verified accuracy counts test images that are classified right and certified, rounding included, by interval bounds.
 Figures of the warm-up are means over its epochs, measured after each at its own radius on the test images. The arms
 differ in nothing but what they are named for. All figures are of the test split; nothing was chosen on it.
+
+Found over ten seeds at the quick scale: initialisation and batch normalisation together hold with a wide margin, in
+every seed. Xavier's weights without batch normalisation do not fall all the way to chance: on held-out data of other
+seeds 41 to 47 % of the units die during the ramp and a sixth to a quarter of the inputs is still classified right, most
+of them verified; without clipping the results are the same to the last digit. What the regularisers add is not told
+apart from nothing: with batch normalisation hardly one unit in a hundred is dead, and bounds tighten as fast without
+them. Seven narrow layers and three epochs of 32 steps may be too little for them to act.
 """
 
 from __future__ import annotations
