@@ -244,3 +244,19 @@ def test_bounds_follow_weights_that_are_written_behind_the_back_of_autograd():
             found, expected = certifier.bounds(x), IntervalBounds(model, Linf(0.1)).bounds(x)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "groups": 2, "padding": (1, 0)}])
+def test_transposed_convolutions_are_adjoint_and_differentiable_twice(options, dtype):
+    convolution = nn.Conv2d(4, 6, 3, **options).to(dtype).eval()
+    x = torch.rand(1, 4, 9, 8, dtype=dtype, generator=stream(0, 0, "x"))
+    model = nn.Sequential(convolution, nn.Flatten())
+    operator = trace(model, x).nodes[1].operator
+    rows = torch.randn(5, *operator.shape, dtype=dtype, generator=stream(1, 0, "rows")).requires_grad_(True)
+    pulled = operator.transpose(rows)
+    torch.testing.assert_close((pulled * x).sum(), (rows * operator.apply(x)).sum(), rtol=1e-4, atol=1e-4)
+    of_rows, of_weight = torch.autograd.grad((pulled * x).square().sum(), [rows, convolution.weight])
+    expected = torch.autograd.grad((pulled.detach() * 2 * x.square() * operator.transpose(rows)).sum(), rows)[0]
+    torch.testing.assert_close(of_rows, expected, rtol=1e-4, atol=1e-4)
+    assert bool((of_weight != 0).any())

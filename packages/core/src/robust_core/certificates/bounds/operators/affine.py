@@ -200,6 +200,10 @@ class Convolution(_Weighted):
         if self.dims == 2 and self.groups == 1 and target[0] == 1:  # one channel: one product, then overlap-add
             columns = torch.matmul(weight.flatten(1).t(), rows.flatten(2))
             return F.fold(columns, target[1:], weight.shape[2:], self.dilation, self.inner_padding, self.stride)
+        if self.dims == 2 and rows.dtype == torch.float64 and rows.device.type == "cpu":  # up to five times as fast
+            like = rows.new_zeros(()).expand(len(rows), *target)
+            where = (list(self.stride), list(self.inner_padding), list(self.dilation), False, [0, 0], self.groups)
+            return torch.ops.aten.convolution_backward(rows, like, weight, None, *where, [True, False, False])[0]
         if self.dims == 2 and rows.dtype == torch.float32:
             rows = rows.contiguous(memory_format=torch.channels_last)  # three times as fast
         return _TRANSPOSED[self.dims](
