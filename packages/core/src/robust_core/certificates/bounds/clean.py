@@ -46,16 +46,15 @@ def with_statistics(graph: Graph, statistics: Statistics) -> Graph:
     if not statistics:
         return graph
     left = {key: list(calls) for key, calls in statistics.items()}
-    nodes = []
-    for node in graph.nodes:
+    nodes = list(graph.nodes)
+    for position, node in enumerate(nodes):
         operator = node.operator
         if isinstance(operator, BatchNorm):
             calls = left.get(operator.mean().data_ptr())
             if calls:
-                operator = operator.with_statistics(*calls.pop(0))
+                nodes[position] = Node(operator.with_statistics(*calls.pop(0)), node.inputs, node.shape)
             elif calls is not None:
                 raise CertificationError(f"{operator.label} is called more often in eval mode than in train mode")
-        nodes.append(Node(operator, node.inputs, node.shape))
     if any(left.values()):
         raise CertificationError(
             "the model normalises by statistics of the batch that its graph in eval mode does not know: layers that "

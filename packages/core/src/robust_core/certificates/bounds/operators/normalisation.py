@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Self
 
@@ -61,6 +60,6 @@ class BatchNorm(Scale):
 
     def with_statistics(self, mean: Tensor, inverse_std: Tensor) -> Self:
         """Return the same layer with the statistics (C,) of one batch, worked out once and differentiable."""
-        lent, parts = copy.copy(self), self._parts(mean, inverse_std)
-        lent.parts = lambda: parts
+        lent, parts = object.__new__(type(self)), self._parts(mean, inverse_std)  # several times as fast as copy.copy
+        vars(lent).update(vars(self), parts=lambda: parts)
         return lent
