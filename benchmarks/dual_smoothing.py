@@ -1,10 +1,10 @@
 """Dual smoothing: what it costs beside two smoothings of half images, and what early stopping saves.
 
-    python benchmarks/dual_smoothing.py [--json] [--quick] [--update FILE]
+    python benchmarks/dual_smoothing.py [--json] [--quick] [--parts small resnet stopping] [--update FILE]
 
-* overhead: ``DualSmoothing.certify`` against ``Smoothing.certify`` of the left side's network on its pixels and of the
-  right side's on its own: the same networks, noise, samples and batch size; alternated, medians of ratios of processor
-  time (all threads).
+* small, resnet: ``DualSmoothing.certify`` against ``Smoothing.certify`` of the left side's network on its pixels and
+  of the right side's on its own: the same networks, noise, samples and batch size; alternated, medians of ratios of
+  processor time (all threads).
 * stopping: samples that a radius, a grid of radii or a tolerance needs, against all of them, on two halves of digits
   trained here; the share of rows with the verdict of all samples.
 """
@@ -33,6 +33,7 @@ from vision_robust.certified.dual_randomized_smoothing import (
 from vision_robust.models import SmallCNN, resnet18_32
 
 ALPHA, SIGMA = 0.001, 0.25
+PARTS = ("small", "resnet", "stopping")
 
 
 def pooled_cnn() -> nn.Module:
@@ -106,27 +107,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="few samples and repetitions")
-    parser.add_argument("--update", type=Path, help="results file to write")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--update", type=Path, help="results file in which to replace the parts that ran")
     args = parser.parse_args()
-    n, repeats = (500, 2) if args.quick else (2000, 5)
-    cases = [("two convolutions", pooled_cnn(), (1, 28, 28), feed, n) for feed in ("zero", "half", "maxpool")]
-    cases.append(("resnet18-32", resnet18_32(10), (3, 32, 32), "maxpool", 64))
-    result = {
-        "schema": "robust.benchmark/1",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "overhead": [overhead(*case, repeats if case[4] >= 500 else min(repeats, 3)) for case in cases],
-        "stopping": stopping(2000 if args.quick else 20_000),
-    }
-    text = json.dumps(result, indent=2)
+    n, repeats = (300, 2) if args.quick else (1000, 5)
+    result: dict = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    if "small" in args.parts:
+        feeds = ("zero", "half", "maxpool")
+        result["small"] = [overhead("two convolutions", pooled_cnn(), (1, 28, 28), feed, n, repeats) for feed in feeds]
+    if "resnet" in args.parts:
+        result["resnet"] = [overhead("resnet18-32", resnet18_32(10), (3, 32, 32), "maxpool", 16, 2)]
+    if "stopping" in args.parts:
+        result["stopping"] = stopping(1000 if args.quick else 5000)
     if args.update:
-        args.update.write_text(text + "\n")
+        before = json.loads(args.update.read_text()) if args.update.exists() else {}
+        args.update.write_text(json.dumps({"schema": "robust.benchmark/1", **before, **result}, indent=2) + "\n")
     if args.json:
-        print(text)
+        print(json.dumps(result, indent=2))
         return
-    for row in result["overhead"]:
+    for row in (*result.get("small", ()), *result.get("resnet", ())):
         print(f"{row['model']:<18} {row['feed']:<8} {row['ratio']:.3f} times two half smoothings")
-    for row in result["stopping"]["rows"]:
+    for row in result.get("stopping", {}).get("rows", ()):
         print(f"{row['question']:<24} {row['samples']:>9.0f} samples a row (both halves)")
 
 
