@@ -1,0 +1,1 @@
+"""Preference training of language models (extra ``preference``)."""
