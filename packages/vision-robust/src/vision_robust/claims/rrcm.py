@@ -11,15 +11,16 @@ paper's fine-tuning. The scratch arms are the controls. Figures are certified ac
 The weight of the divergence (lam) was chosen for each arm and budget on held-out training images of other seeds, as
 were the learning rates and steps. Cost is counted: rows that enter a network for each noisy sample.
 
-Found over six seeds at the quick scale: the whole method certifies 4.3 points more at radius 0.5 than noise augmentation
-from scratch with 100 labels and 4.8 more with all, and its gain grows with the radius. But the gain is the fine-tuning
-loss's, not pre-training's: a scratch model under the same loss does as well with 100 labels (0.4 points better, interval
-on both sides of 0) and 1.8 points better with all, and pre-training alone changes nothing that shows. On held-out images
-the pre-trained features are good (a linear head on them classifies 95 % and more under the noise with all labels) but not
-robust far out, and labels teach a network of this size the same within seconds: 1,400 small images leave little to be
-learned without labels, where the paper has a million and 600,000 steps. The pre-trained arms also learn more slowly in
-early layers, as the paper has it, which may cost them where labels abound. What the paper compares with, a diffusion
-model in front of a classifier, is compared here in passes alone. The gates and the tests rule out a fault of the losses.
+Found over six seeds at the quick scale: the whole method certifies 4.3 points more at radius 0.5 than noise
+augmentation from scratch with 100 labels and 4.8 more with all, and its gain grows with the radius. But the gain is
+the fine-tuning loss's, not pre-training's: a scratch model under the same loss does as well with 100 labels (0.4
+points better, interval on both sides of 0) and 1.8 points better with all, and pre-training alone changes nothing
+that shows. On held-out images the pre-trained features are good (a linear head on them classifies 95 % and more under
+the noise with all labels) but not robust far out, and labels teach a network of this size the same within seconds:
+1,400 small images leave little to be learned without labels, where the paper has a million and 600,000 steps. The
+pre-trained arms also learn more slowly in early layers, as the paper has it, which may cost them where labels abound.
+What the paper compares with, a diffusion model in front of a classifier, is compared here in passes alone. The gates
+and the tests rule out a fault of the losses.
 """
 
 from __future__ import annotations
