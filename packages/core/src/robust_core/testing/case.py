@@ -17,8 +17,8 @@ class Case:
     Attributes:
         subject: the configured method: an attack, an objective, a certifier, a defence (``nn.Module``), ...
         model: the network it is used on (for a defence: the defence itself).
-        x: (B, ...) inputs in [0, 1], B of at least 8.
-        y: (B,) int64 labels.
+        x: (B, ...) inputs in [0, 1], B of at least 8; int64 where they are tokens.
+        y: (B,) labels: int64, or probabilities for objectives of preferences.
         extra: whatever else the kind needs, by name.
     """
 

@@ -252,12 +252,13 @@ def objective_leaves_modes(case: Case) -> None:
 
 
 def objective_refuses_bad_input(case: Case) -> None:
-    """Bad labels (unless ``unlabelled``) and NaN are one clear error each."""
+    """Bad labels (unless ``unlabelled``) and NaN, or tokens beyond the vocabulary, are one clear error each."""
     batch = _batch(case)
-    changes = {
-        "labels beyond the classes": {"y": case.y + 1000},
-        "NaN": {"x": torch.full_like(case.x, torch.nan)},
-    }
+    changes = {"labels beyond the classes": {"y": case.y + 1000}}
+    if case.x.is_floating_point():
+        changes["NaN"] = {"x": torch.full_like(case.x, torch.nan)}
+    else:
+        changes["tokens beyond the vocabulary"] = {"x": case.x + 10**6}
     if case.extra.get("unlabelled", False):  # an objective that never reads labels has none to refuse
         del changes["labels beyond the classes"]
     for what, change in changes.items():
