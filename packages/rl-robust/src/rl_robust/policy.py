@@ -20,7 +20,16 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-__all__ = ["CallablePolicy", "Memory", "NetworkPolicy", "Policy", "as_policy", "require", "sample_actions"]
+__all__ = [
+    "CallablePolicy",
+    "Memory",
+    "NetworkPolicy",
+    "Policy",
+    "as_policy",
+    "env_actions",
+    "require",
+    "sample_actions",
+]
 
 Memory = Any
 """What a recurrent policy carries from step to step: a tensor, or a tuple of tensors, with the batch first."""
@@ -76,6 +85,33 @@ def sample_actions(outputs: Tensor, draws: Tensor | None, spread: Tensor | None,
     low, high = (torch.as_tensor(b, dtype=outputs.dtype, device=outputs.device) for b in (space.low, space.high))
     shaped = outputs.reshape(len(outputs), *space.shape)
     return torch.minimum(torch.maximum(shaped, low), high)
+
+
+def env_actions(actions: Tensor, space: spaces.Space) -> np.ndarray:
+    """Return actions as an environment takes them.
+
+    Args:
+        actions: (B,) of a Discrete, (B, k) or (B, *shape) of a Box.
+        space: of the environment.
+
+    Raises:
+        ValueError: actions of another shape, not finite, or outside the space.
+    """
+    found = actions.detach().cpu().numpy()
+    if isinstance(space, spaces.Discrete):
+        if found.ndim != 1:
+            raise ValueError(f"the policy's actions are {found.shape}; one number for each observation is needed")
+        inside = (found >= space.start) & (found < space.start + space.n)
+    elif isinstance(space, spaces.Box):
+        if found[0].size != int(np.prod(space.shape)):
+            raise ValueError(f"the policy's actions are {found.shape}; {space.shape} for each observation is needed")
+        found = found.reshape(len(found), *space.shape).astype(space.dtype)
+        inside = np.isfinite(found) & (found >= space.low) & (found <= space.high)
+    else:
+        raise TypeError(f"action space {space}: Discrete or Box is needed")
+    if not bool(np.all(inside)):
+        raise ValueError(f"the policy chose an action outside {space}: {found[:4].tolist()}")
+    return found
 
 
 class NetworkPolicy(nn.Module):

@@ -18,6 +18,7 @@ class Trace:
         obs, seen: (T, ...) true and shown observations (with noise).
         distance: (T,) length of the attack in each step.
         reward: (T,).
+        action: (T, ...) as the environment took them.
         frames: rendered images, uint8 (H, W, 3), where asked for.
     """
 
@@ -26,6 +27,7 @@ class Trace:
     seen: np.ndarray
     distance: np.ndarray
     reward: np.ndarray
+    action: np.ndarray
     frames: tuple[np.ndarray, ...] = ()
 
 

@@ -32,7 +32,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from rl_robust.observation import ObservationAttack, View
-from rl_robust.policy import Memory, Policy, as_policy
+from rl_robust.policy import Memory, Policy, as_policy, env_actions
 from rl_robust.returns import ReturnSample, Trace
 from rl_robust.task import Task
 from robust_core.checks import check_count, check_number
@@ -255,8 +255,9 @@ class _Player:
         with torch.no_grad():
             actions, after = self.policy.act(padded(shown), _pad(memory), padded(start), draws=draws)
         self.memory = _put(self.memory, where, _take(after, slice(len(rows))), self.lanes)
-        self.note(rows, obs, seen)
-        return self.checked(actions[: len(rows)])
+        chosen = env_actions(actions[: len(rows)], self.policy.action_space)
+        self.note(rows, obs, seen, chosen)
+        return chosen
 
     def attacked(self, obs: Tensor, where: Tensor, step: Tensor, episodes: Tensor, memory: Memory) -> Tensor:
         """Ask the attack, project what it proposes, and keep the accounts."""
@@ -282,23 +283,6 @@ class _Player:
             raise RuntimeError("an attack spent more than its budget: the projection of the budget is at fault")
         return seen
 
-    def checked(self, actions: Tensor) -> np.ndarray:
-        """Return actions as the environment takes them.
-
-        Raises:
-            ValueError: an action outside the action space.
-        """
-        space = self.policy.action_space
-        found = actions.detach().cpu().numpy()
-        if isinstance(space, spaces.Discrete):
-            inside = (found >= space.start) & (found < space.start + space.n) if found.ndim == 1 else np.array(False)
-        else:
-            found = found.reshape(len(found), *space.shape).astype(space.dtype)  # pyright: ignore
-            inside = np.isfinite(found) & (found >= space.low) & (found <= space.high)  # pyright: ignore
-        if not bool(np.all(inside)):
-            raise ValueError(f"the policy chose an action outside {space}: {found[:4].tolist()}")
-        return found
-
     def count(self, rows: np.ndarray, reward: np.ndarray, ended: np.ndarray, cut: np.ndarray) -> np.ndarray:
         """Add rewards; write down the episodes that are over, and return their lanes."""
         if not np.all(np.isfinite(reward)):
@@ -318,12 +302,14 @@ class _Player:
             self.episode[lane] = -1
         return over
 
-    def note(self, rows: np.ndarray, obs: Tensor, seen: Tensor) -> None:
+    def note(self, rows: np.ndarray, obs: Tensor, seen: Tensor, actions: np.ndarray) -> None:
         """Keep a step of the episodes that are traced."""
         for k, lane in enumerate(rows):
             episode = int(self.episode[lane])
             if episode in self.trace:
-                kept = self.steps.setdefault(episode, {"obs": [], "seen": [], "spent": [], "reward": [], "frames": []})
+                names = ("obs", "seen", "action", "spent", "reward", "frames")
+                kept = self.steps.setdefault(episode, {name: [] for name in names})
+                kept["action"].append(actions[k])
                 kept["obs"].append(obs[k].cpu().numpy())
                 kept["seen"].append(seen[k].cpu().numpy())
                 kept["spent"].append(float(self.spent[lane]))
@@ -335,7 +321,13 @@ class _Player:
             spent = np.array(kept["spent"])
             before = np.concatenate([[0.0], spent[:-1]])
             length = np.sqrt(np.maximum(spent**2 - before**2, 0.0))
-            arrays = (np.stack(kept["obs"]), np.stack(kept["seen"]), length, np.array(kept["reward"]))
+            arrays = (
+                np.stack(kept["obs"]),
+                np.stack(kept["seen"]),
+                length,
+                np.array(kept["reward"]),
+                np.stack(kept["action"]),
+            )
             traces.append(Trace(episode, *arrays, tuple(kept["frames"])))
         return replace(self.found, traces=tuple(traces))
 

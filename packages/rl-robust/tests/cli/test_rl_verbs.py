@@ -40,6 +40,18 @@ def test_attack_and_certify_write_reports(trained: Path, tmp_path: Path, capsys:
     assert "Certified return" in (tmp_path / "c" / "report.html").read_text()
 
 
+def test_check_tells_what_is_wrong_and_how_to_put_it_right(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    setting = ["--policy", f"sb3:{trained}", "--env", "CartPole-v1"]
+    assert run("check", *setting, "--json") == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document["ok"]
+    assert document["shown"] == [4]
+    assert run("check", *setting, "--bound", "0.01") == 0
+    assert "VecNormalize" in capfd.readouterr().err
+    assert run("check", "--policy", "torch.nn:Identity", "--env", "CartPole-v1") == 1
+    assert "2) are needed" in capfd.readouterr().err
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("words", "code", "message"),

@@ -187,3 +187,40 @@ def certify(
         n_episodes=attacked_episodes, sigma=sigma, n_envs=n_envs, resume=resume, render=render, certify=values,
         certificate_episodes=episodes, lower=lower, alpha=alpha,
     )  # fmt: skip
+
+
+@app.command("check")
+def look_over(
+    policy: PolicyWords,
+    env: Env,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each walk that is looked at.")] = 64,
+    bound: Annotated[float, typer.Option(help="Values beyond it look as if statistics were forgotten.")] = 10.0,
+    env_set: EnvSet = None,
+    max_steps: MaxSteps = None,
+    scale: Scale = 1.0,
+    normaliser: NormaliserFile = None,
+    frames: Frames = 1,
+    layout: Layout = "stack",
+    seed: Seed = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Look policy and environment over before a long run: shapes, stacks, scales, modes, seeds; 1 means errors."""
+    check(policy=policy, normaliser=normaliser, positive={"scale": scale, "bound": bound})
+    from rl_robust.check import check_policy
+    from rl_robust.cli.setting import load_policy, task_of
+    from robust_core.device import choose_device
+
+    task = task_of(env, env_set or (), max_steps=max_steps, scale=scale, normaliser=normaliser, frames=frames,
+                   layout=layout)  # fmt: skip
+    victim = load_policy(policy, task, choose_device(device))
+    found = check_policy(victim, task, n_steps=steps, bound=bound, generator=seed)
+    if json:
+        console.emit_json({**found.document, "model": policy, "command": _command()})
+    else:
+        low, high = found.span
+        console.info(f"{policy} on {found.task}: it is shown {found.shown}, values {low:.4g} to {high:.4g}")
+        for line in str(found).splitlines():
+            console.info(line)
+    if not found.ok:
+        raise typer.Exit(1)
