@@ -14,12 +14,12 @@ points. Baselines: f itself smoothed; the same model trained by gradients (which
 digits (8 x 8, code of 16, sigma 0.35, 32 queries) a gate asks that defences by queries work at all, and a statement
 asks for 30 points.
 
-Found over three seeds at the quick scale: queries cost no more than 5 points against gradients, which holds. Every arm is
-above none in every seed, by 2 points at least, and coordinates beat pixels in two of three seeds, yet by too little for
-any of the larger margins: smoothing f itself certifies 67 to 71 % and the same model trained by gradients 71 to 76 %, so
-that 5 to 8 points are all there is to gain here (at the paper's scale, more than 50). On the digits the gain is 4 to 16
-points, not 30, and the gate of 5 points failed in one seed (58.0 against 54.0): f is already hard to disturb there.
-Estimates, counts and frozen parts are exact by the other gates, so this is the size of the problem and not the method.
+Found over three seeds at the quick scale: queries cost no more than 5 points against gradients, which holds. Every arm
+is above none in every seed, by 2 points at least, and coordinates beat pixels in two of three seeds, yet by too little
+for any of the larger margins: smoothing f itself certifies 67 to 71 %, the same model trained by gradients 71 to 76 %,
+so that 4 to 8.5 points are all there is to gain here. On the digits the gain is 4 to 16 points, not 30, and the gate of 5
+points failed in one seed (58.0 against 54.0): f is already hard to disturb there. Estimates, counts and frozen parts
+are exact by the other gates, so the likely cause is how little there is to gain, and not the estimates.
 """
 
 from __future__ import annotations
