@@ -18,8 +18,8 @@ Found over three seeds at the quick scale: queries cost no more than 5 points ag
 is above none in every seed, by 2 points at least, and coordinates beat pixels in two of three seeds, yet by too little
 for any of the larger margins: smoothing f itself certifies 67 to 71 %, the same model trained by gradients 71 to 76 %,
 so that 4 to 8.5 points are all there is to gain here. On the digits the gain is 4 to 16 points, not 30, and the gate
-of 5 points failed in one seed (58.0 against 54.0): f is already hard to disturb there. Estimates, counts and frozen parts
-are exact by the other gates, so the likely cause is how little there is to gain, and not the estimates.
+of 5 points failed in one seed (58.0 against 54.0): f is already hard to disturb there. Estimates, counts and frozen
+parts are exact by the other gates, so the likely cause is how little there is to gain, and not the estimates.
 """
 
 from __future__ import annotations
