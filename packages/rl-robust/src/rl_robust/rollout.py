@@ -31,6 +31,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from rl_robust.ahead import NoiseAhead
 from rl_robust.observation import ObservationAttack, View
 from rl_robust.policy import Memory, Policy, as_policy, env_actions
 from rl_robust.returns import ReturnSample, Trace
@@ -236,18 +237,14 @@ class _Player:
         where = torch.as_tensor(rows, device=self.device)
         if self.frames is None:
             self.frames = obs.new_zeros(self.lanes, self.task.n_frames, *obs.shape[1:])
+            self.noise = NoiseAhead(derive(self.seed, "noise"), "observation", self.lanes, obs.shape[1:], obs.device)
         step = torch.as_tensor(self.step[rows], device=self.device)
         episodes = torch.as_tensor(self.episode[rows], device=self.device)
         memory = _take(self.memory, where)
         seen = obs if self.attack is None else self.attacked(obs, where, step, episodes, memory)
         if self.sigma > 0:
-            noise = SampleStreams(derive(self.seed, "noise"), episodes, "observation")
-            seen = seen + self.sigma * noise.normal(obs.shape[1:], chunk=step, dtype=obs.dtype)
-        fresh = (step == 0).reshape(-1, *[1] * obs.ndim)
-        past = self.frames[where]
-        pushed = torch.cat([past[:, 1:], seen[:, None]], 1)
-        self.frames[where] = torch.where(fresh, seen[:, None].expand_as(pushed), pushed)
-        shown, start = self.task.show(self.frames[where]), step == 0
+            seen = seen + self.sigma * self.noise.take(rows, self.episode[rows], self.step[rows])
+        shown, start = self.task.show(self.pushed(where, seen, step)), step == 0
         draws = None
         if self.n_draws:
             streams = SampleStreams(derive(self.seed, "policy"), episodes, "action")
@@ -258,6 +255,17 @@ class _Player:
         chosen = env_actions(actions[: len(rows)], self.policy.action_space)
         self.note(rows, obs, seen, chosen)
         return chosen
+
+    def pushed(self, where: Tensor, seen: Tensor, step: Tensor) -> Tensor:
+        """Return (B, n_frames, ...) frames with ``seen`` as the newest; the first frame of an episode is repeated."""
+        newest = seen[:, None]
+        if self.frames is None or self.task.n_frames == 1:
+            return newest
+        fresh = (step == 0).reshape(-1, *[1] * seen.ndim)
+        moved = torch.cat([self.frames[where, 1:], newest], 1)
+        frames = torch.where(fresh, newest.expand_as(moved), moved)
+        self.frames[where] = frames
+        return frames
 
     def attacked(self, obs: Tensor, where: Tensor, step: Tensor, episodes: Tensor, memory: Memory) -> Tensor:
         """Ask the attack, project what it proposes, and keep the accounts."""
@@ -290,7 +298,7 @@ class _Player:
         self.total[rows] += self.weight[rows] * reward
         self.weight[rows] *= self.task.discount
         self.step[rows] += 1
-        for row, value in zip(rows, reward, strict=True):
+        for row, value in zip(rows, reward, strict=True) if self.steps else ():
             if int(self.episode[row]) in self.steps:
                 self.steps[int(self.episode[row])]["reward"].append(float(value))
         over = rows[ended | cut]
@@ -304,7 +312,7 @@ class _Player:
 
     def note(self, rows: np.ndarray, obs: Tensor, seen: Tensor, actions: np.ndarray) -> None:
         """Keep a step of the episodes that are traced."""
-        for k, lane in enumerate(rows):
+        for k, lane in enumerate(rows) if self.trace else ():
             episode = int(self.episode[lane])
             if episode in self.trace:
                 names = ("obs", "seen", "action", "spent", "reward", "frames")

@@ -1,0 +1,56 @@
+"""Normal numbers that belong to (episode, step), drawn for many steps at once.
+
+The same bits as drawing them step by step from :class:`robust_core.random.SampleStreams`: only the calls are fewer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robust_core.random import SampleStreams
+
+__all__ = ["NoiseAhead"]
+
+_STEPS, _NUMBERS = 64, 2**16
+
+
+class NoiseAhead:
+    """Noise of the episodes that are being played on some lanes.
+
+    Args:
+        seed: of the streams.
+        purpose: likewise.
+        lanes: episodes side by side.
+        shape: of the noise of one step.
+        device: where it is needed.
+    """
+
+    def __init__(self, seed: int, purpose: str, lanes: int, shape: Sequence[int], device: torch.device) -> None:
+        self.seed, self.purpose, self.shape = seed, purpose, tuple(shape)
+        self.steps = max(1, min(_STEPS, _NUMBERS // max(1, math.prod(self.shape))))
+        self.buffer = torch.empty(lanes, self.steps, *self.shape, device=device)
+        self.episode, self.first = np.full(lanes, -1), np.zeros(lanes, dtype=np.int64)
+
+    def take(self, rows: np.ndarray, episodes: np.ndarray, steps: np.ndarray) -> Tensor:
+        """Return (B, ...) float32 noise of these lanes, which are at ``steps`` of ``episodes``."""
+        place = steps - self.first[rows]
+        stale = (self.episode[rows] != episodes) | (place < 0) | (place >= self.steps)
+        if stale.any():
+            # whoever runs out soon is served in the same call
+            stale |= 2 * place >= self.steps
+            self._draw(rows[stale], episodes[stale], steps[stale])
+            place = steps - self.first[rows]
+        return self.buffer[torch.as_tensor(rows), torch.as_tensor(place)]
+
+    def _draw(self, rows: np.ndarray, episodes: np.ndarray, steps: np.ndarray) -> None:
+        device = self.buffer.device
+        index = torch.as_tensor(np.repeat(episodes, self.steps), device=device)
+        chunk = torch.as_tensor((steps[:, None] + np.arange(self.steps)).ravel(), device=device)
+        drawn = SampleStreams(self.seed, index, self.purpose).normal(self.shape, chunk=chunk)
+        self.buffer[torch.as_tensor(rows, device=device)] = drawn.reshape(len(rows), self.steps, *self.shape)
+        self.episode[rows], self.first[rows] = episodes, steps
