@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from robust_core.testing import Case
 
-__all__ = ["policy_smoothing"]
+__all__ = ["non_dominated_policies", "policy_smoothing", "srpo"]
 
 
 def policy_smoothing() -> Case:
@@ -30,3 +30,56 @@ def policy_smoothing() -> Case:
         return {f"return@{eps:g}": float(r) for eps, r in zip(found.eps, found.expected_return, strict=True)}
 
     return Case(measure, network, torch.zeros(8, 4), torch.zeros(8, dtype=torch.int64))
+
+
+def srpo() -> Case:
+    """Return the objective on sums of digits, for a small GPT-2 that reads characters."""
+    import copy
+
+    import torch
+
+    from rl_robust.preference import SRPOObjective, preference_data
+    from rl_robust.preference.characters import character_tokenizer, small_gpt2
+
+    tokenizer = character_tokenizer("0123456789+\n :.EXAMPLNSWRWriteabr")
+    triples = [{"prompt": f"{i}+{i}", "chosen": str(2 * i), "rejected": str(2 * i + 1)} for i in range(8)]
+    model = small_gpt2(tokenizer)
+    batch = preference_data(triples, tokenizer).batch(torch.arange(8))
+    rows = {key: batch[key] for key in ("attention_mask", "labels")}
+    return Case(SRPOObjective(copy.deepcopy(model)), model, batch["x"], batch["y"], {"batch": rows, "lr": 0.1})
+
+
+def non_dominated_policies() -> Case:
+    """Return what a set of two hand-made policies of CartPole, and a bandit on it, bring with and without attack."""
+    import torch
+    from gymnasium import spaces
+    from torch import nn
+
+    from rl_robust.attacks import RandomNoise
+    from rl_robust.bandits import Exp3IX
+    from rl_robust.nondominated import PolicySet, replay
+    from rl_robust.observation import StepBudget
+    from rl_robust.policy import NetworkPolicy
+    from rl_robust.task import Task
+    from robust_core.threats import Linf
+
+    def balancer(position: float) -> NetworkPolicy:
+        network = nn.Linear(4, 2)
+        weight = torch.tensor([position, 0.2, 1.0, 1.0])
+        with torch.no_grad():
+            network.weight.copy_(torch.stack([-weight, weight]))
+            network.bias.zero_()
+        return NetworkPolicy(network, spaces.Discrete(2))
+
+    first = balancer(0.05)
+    policies = PolicySet([first, balancer(0.3)], Task("CartPole-v1", max_steps=50))
+    attack = RandomNoise(StepBudget(Linf(0.2, domain=None)))
+
+    def measure() -> dict[str, float]:
+        payoff = policies.payoff({"none": None, "noise": attack}, 40)
+        bandit = Exp3IX(2, 40, reward_range=(0.0, 50.0))
+        found = {"gap": payoff.gap([0])[0], "adaptive": float(replay(bandit, payoff.returns[:, 1]).returns.mean())}
+        return {**found, **{f"{name}/{k}": float(payoff.mean[k, n]) for k in range(2)
+                            for n, name in enumerate(payoff.attackers)}}  # fmt: skip
+
+    return Case(measure, first, torch.zeros(8, 4), torch.zeros(8, dtype=torch.int64))
