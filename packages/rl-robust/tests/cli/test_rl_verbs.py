@@ -1,12 +1,19 @@
 """``robust rl``: a zip trained elsewhere is attacked, certified and reported; wrong words end in one line."""
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import pytest
+from gymnasium import spaces
 from stable_baselines3 import PPO
+from torch import nn
 
+from rl_robust.cli import setting
+from rl_robust.policy import CallablePolicy, NetworkPolicy
+from rl_robust.task import Task
 from robust_core.cli.main import main
 from robust_core.random import reseeded
 
@@ -38,6 +45,21 @@ def test_attack_and_certify_write_reports(trained: Path, tmp_path: Path, capsys:
     figures = json.loads(capsys.readouterr().out)["figures"]
     assert figures["certified/return@0"]["value"] > figures["certified/return@0.2"]["value"] > 0
     assert "Certified return" in (tmp_path / "c" / "report.html").read_text()
+
+
+def test_names_of_attacks_become_attacks_that_share_one_critic(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Task("CartPole-v1", max_steps=20)
+    policy = NetworkPolicy(nn.Linear(4, 2), spaces.Discrete(2))
+    monkeypatch.setattr(setting, "fit_sarsa", partial(setting.fit_sarsa, n_steps=100, epochs=1))
+    found: Any = setting.attacks_of(
+        "mad,sarsa,sarsa+mad", policy, task, eps=[0.1, 0.2], norm="linf", per="step", duration=9
+    )
+    assert list(found) == ["mad@0.1", "sarsa@0.1", "sarsa+mad@0.1", "mad@0.2", "sarsa@0.2", "sarsa+mad@0.2"]
+    assert found["sarsa@0.1"].critic is found["sarsa+mad@0.2"].critic
+    assert found["sarsa+mad@0.2"].mixing_weight == 0.5
+    blind = CallablePolicy(lambda obs: (obs[:, 2] > 0).astype(int), spaces.Discrete(2))
+    with pytest.raises(TypeError, match="needs no gradients"):
+        setting.attacks_of("sarsa", blind, task, eps=[0.1], norm="linf", per="step", duration=9)
 
 
 def test_check_tells_what_is_wrong_and_how_to_put_it_right(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,5 +8,14 @@
 
 from rl_robust.attacks.episode import BudgetedPGD, ConstantOffset
 from rl_robust.attacks.gradient import CriticAttack, MaximalActionDifference, RandomNoise
+from rl_robust.attacks.sarsa import RobustSarsa, fit_sarsa
 
-__all__ = ["BudgetedPGD", "ConstantOffset", "CriticAttack", "MaximalActionDifference", "RandomNoise"]
+__all__ = [
+    "BudgetedPGD",
+    "ConstantOffset",
+    "CriticAttack",
+    "MaximalActionDifference",
+    "RandomNoise",
+    "RobustSarsa",
+    "fit_sarsa",
+]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from gymnasium import spaces
@@ -28,7 +29,17 @@ from rl_robust.policy import require
 from robust_core.checks import check_count, check_number
 from robust_core.threats import L2, Threat
 
-__all__ = ["CriticAttack", "MaximalActionDifference", "RandomNoise", "ascend", "averaged", "step_ball"]
+__all__ = [
+    "CriticAttack",
+    "MaximalActionDifference",
+    "RandomNoise",
+    "action_difference",
+    "ascend",
+    "averaged",
+    "check_settings",
+    "early",
+    "step_ball",
+]
 
 
 def step_ball(budget: Budget, duration: int) -> Threat:
@@ -65,6 +76,22 @@ def averaged(view: View, function: Callable[[Tensor], Tensor], seen: Tensor, n_s
     return total / n_smoothing
 
 
+def action_difference(policy: Any, before: Tensor, after: Tensor) -> Tensor:
+    """Return (B,) KL divergences of the actions that follow from two outputs.
+
+    Args:
+        policy: gives the action space and, for continuous actions, ``spread`` (1 where it has none).
+        before: (B, K) logits or means.
+        after: (B, K) those that changed.
+    """
+    if isinstance(policy.action_space, spaces.Discrete):
+        p, q = F.log_softmax(before, 1), F.log_softmax(after, 1)
+        return (p.exp() * (p - q)).sum(1)
+    spread = getattr(policy, "spread", None)
+    gap = (after - before) if spread is None else (after - before) / spread
+    return 0.5 * gap.square().flatten(1).sum(1)
+
+
 def ascend(
     view: View, threat: Threat, start: Tensor, objective: Callable[[Tensor, int], Tensor], *, n_iter: int, step: float
 ) -> Tensor:
@@ -79,7 +106,8 @@ def ascend(
     return seen
 
 
-def _check(budget: Budget, n_iter: int, step_size: float | None, duration: int, n_smoothing: int) -> None:
+def check_settings(budget: Budget, n_iter: int, step_size: float | None, duration: int, n_smoothing: int) -> None:
+    """Refuse settings that no gradient attack takes."""
     step_ball(budget, check_count("duration", duration))
     check_count("n_iter", n_iter)
     check_count("n_smoothing", n_smoothing)
@@ -87,7 +115,7 @@ def _check(budget: Budget, n_iter: int, step_size: float | None, duration: int, 
         check_number("step_size", step_size, low=0, open_low=True)
 
 
-def _early(view: View, seen: Tensor, duration: int, budget: Budget) -> Tensor:
+def early(view: View, seen: Tensor, duration: int, budget: Budget) -> Tensor:
     """Return the true observation where an episode's share of steps is used up."""
     if not isinstance(budget, EpisodeBudget):
         return seen
@@ -108,13 +136,13 @@ class RandomNoise:
     duration: int = 200
 
     def __post_init__(self) -> None:
-        _check(self.budget, 1, None, self.duration, 1)
+        check_settings(self.budget, 1, None, self.duration, 1)
 
     def perturb(self, view: View) -> Tensor:
         """Return (B, ...) observations to show."""
         threat = step_ball(self.budget, self.duration)
         drawn = threat.random_start(view.obs, view.streams("random"), draw=view.step)
-        return _early(view, drawn, self.duration, self.budget)
+        return early(view, drawn, self.duration, self.budget)
 
 
 @dataclass(frozen=True)
@@ -136,7 +164,7 @@ class CriticAttack:
     n_smoothing: int = 8
 
     def __post_init__(self) -> None:
-        _check(self.budget, self.n_iter, self.step_size, self.duration, self.n_smoothing)
+        check_settings(self.budget, self.n_iter, self.step_size, self.duration, self.n_smoothing)
 
     def perturb(self, view: View) -> Tensor:
         """Return (B, ...) observations to show."""
@@ -149,7 +177,7 @@ class CriticAttack:
             return -averaged(view, policy.value, seen, self.n_smoothing, k)
 
         seen = ascend(view, threat, start, objective, n_iter=self.n_iter, step=step)
-        return _early(view, seen, self.duration, self.budget)
+        return early(view, seen, self.duration, self.budget)
 
 
 @dataclass(frozen=True)
@@ -175,7 +203,7 @@ class MaximalActionDifference:
     n_smoothing: int = 8
 
     def __post_init__(self) -> None:
-        _check(self.budget, self.n_iter, self.step_size, self.duration, self.n_smoothing)
+        check_settings(self.budget, self.n_iter, self.step_size, self.duration, self.n_smoothing)
 
     def perturb(self, view: View) -> Tensor:
         """Return (B, ...) observations to show."""
@@ -185,16 +213,9 @@ class MaximalActionDifference:
         start = threat.random_start(view.obs, view.streams("start"), draw=view.step)
         with torch.no_grad():
             clean = averaged(view, policy.outputs, view.obs, self.n_smoothing, self.n_iter)
-        discrete = isinstance(policy.action_space, spaces.Discrete)
-        spread = getattr(policy, "spread", None)
 
         def objective(seen: Tensor, k: int) -> Tensor:
-            moved = averaged(view, policy.outputs, seen, self.n_smoothing, k)
-            if discrete:
-                before, after = F.log_softmax(clean, 1), F.log_softmax(moved, 1)
-                return (before.exp() * (before - after)).sum(1)
-            gap = (moved - clean) if spread is None else (moved - clean) / spread
-            return 0.5 * gap.square().flatten(1).sum(1)
+            return action_difference(policy, clean, averaged(view, policy.outputs, seen, self.n_smoothing, k))
 
         seen = ascend(view, threat, start, objective, n_iter=self.n_iter, step=step)
-        return _early(view, seen, self.duration, self.budget)
+        return early(view, seen, self.duration, self.budget)

@@ -95,8 +95,10 @@ def _measure(
 
     setting = task_of(task.pop("env"), task.pop("env_set") or (), **task)
     victim = load_policy(policy, setting, choose_device(device))
-    chosen = {} if attacks is None else attacks_of(attacks, setting, **budget)
     with console.progress() as report:
+        chosen = {}
+        if attacks is not None:
+            chosen = attacks_of(attacks, victim, setting, seed=seed, on_step=report, **budget)
         found = evaluate(
             victim, setting, chosen, generator=seed, name=policy, command=_command(), on_step=report,
             backend="processes" if workers > 1 else "here", workers=workers, **more,

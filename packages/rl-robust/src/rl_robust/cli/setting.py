@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 from gymnasium import spaces
 
-from rl_robust.attacks import BudgetedPGD, CriticAttack, MaximalActionDifference, RandomNoise
+from rl_robust.attacks import BudgetedPGD, CriticAttack, MaximalActionDifference, RandomNoise, RobustSarsa, fit_sarsa
 from rl_robust.attacks.episode import offsets
+from rl_robust.attacks.sarsa import ActionValue
 from rl_robust.cli.words import split_policy
 from rl_robust.observation import Budget, EpisodeBudget, ObservationAttack, StepBudget
-from rl_robust.policy import Policy, as_policy
+from rl_robust.policy import Policy, as_policy, require
 from rl_robust.sb3 import load_sb3
 from rl_robust.task import Normaliser, Task
 from robust_core.loading import load_factory, load_into
+from robust_core.models import model_device
 from robust_core.threats import parse_threat
 
 __all__ = ["attacks_of", "load_policy", "shown_space", "task_of"]
@@ -92,26 +94,57 @@ def load_policy(words: str, task: Task, device: Any) -> Policy:
 
 
 def attacks_of(
-    names: str, task: Task, *, eps: Sequence[float], norm: str, per: Literal["step", "episode"], duration: int
+    names: str,
+    policy: Policy,
+    task: Task,
+    *,
+    eps: Sequence[float],
+    norm: str,
+    per: Literal["step", "episode"],
+    duration: int,
+    seed: int = 0,
+    on_step: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, ObservationAttack]:
     """Return the attacks, each for each radius; names carry the radius where there are several.
 
     Args:
         names: with commas.
+        policy: the victim, which some attacks watch first.
         task: the environment.
         eps: radii.
         norm: of a step's ball.
         per: what the radius is for.
         duration: steps among which an episode's budget is shared.
+        seed: of what is fitted.
+        on_step: called with (what is done, done, in all) while something is fitted.
     """
     domain, found = task.domain, {}
+    critic = _critic(names, policy, task, max(eps), seed, on_step)
     for radius in eps:
         step = StepBudget(type(parse_threat(norm, radius))(radius, domain))
         budget: Budget = EpisodeBudget(radius, domain) if per == "episode" else step
         for name in (word.strip() for word in names.split(",") if word.strip()):
+            if critic is not None and name in _SARSA:
+                sarsa = RobustSarsa(budget, critic, _SARSA[name], duration=duration)
+                found[name if len(eps) == 1 else f"{name}@{radius:g}"] = sarsa
+                continue
             for label, attack in _built(name, budget, task, duration).items():
                 found[label if len(eps) == 1 else f"{label}@{radius:g}"] = attack
     return found
+
+
+_SARSA = {"sarsa": 1.0, "sarsa+mad": 0.5}
+
+
+def _critic(
+    names: str, policy: Policy, task: Task, radius: float, seed: int, on_step: Callable[[str, int, int], None] | None
+) -> ActionValue | None:
+    """Return Q of the victim if an attack asks for it; a victim that is never random is watched under noise."""
+    if not any(name.strip() in _SARSA for name in names.split(",")):
+        return None
+    require(policy, "outputs")
+    sigma = 0.0 if policy.n_draws else radius
+    return fit_sarsa(policy, task, sigma=sigma, generator=seed, on_step=on_step).to(model_device(policy))  # pyright: ignore
 
 
 def _built(name: str, budget: Budget, task: Task, duration: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from robust_core.words import check_module, check_norm, check_word, parse_eps, p
 
 __all__ = ["ATTACKS", "PER", "check", "split_policy"]
 
-ATTACKS = ("random", "critic", "mad", "pgd", "offset")
+ATTACKS = ("random", "critic", "mad", "sarsa", "sarsa+mad", "pgd", "offset")
 PER = ("step", "episode")
 
 
