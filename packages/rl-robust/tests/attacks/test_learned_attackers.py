@@ -148,7 +148,7 @@ def test_batched_views_agree_with_single_ones_and_sides_have_signs() -> None:
         if dones[0] or ended:
             assert bool(dones[0]) == ended
             break
-        assert seen[0, :4] == pytest.approx(obs)
+        assert np.asarray(seen)[0, :4] == pytest.approx(obs)
     with pytest.raises(ValueError, match="sides"):
         AdversaryVecEnv(inner, task, [(policy, 1.0)] * 3, ball(0.1))
     victims = AttackedVecEnv(inner, task, RandomNoise(ball(0.3)), policy)

@@ -128,25 +128,28 @@ def test_adaptive_play_online_is_the_replay_and_arms_are_fixed_within_an_episode
     assert adaptive.regret_bound(10, gap=0.5) == pytest.approx(5 + adaptive.bandit.regret_bound(10))
 
 
-def test_the_regulariser_is_the_largest_change_found_and_enters_the_loss() -> None:
+def test_the_regulariser_climbs_inside_the_ball_and_enters_the_loss() -> None:
     space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
     act = spaces.Box(-1.0, 1.0, (1,), np.float32)
     torch.manual_seed(0)
     policy = SmoothPolicy(space, act, lambda _: 1e-3, kappa=2.0, smooth_eps=0.1, entropy_weight=0.5, net_arch=[])
     with torch.no_grad():
-        policy.action_net.weight.copy_(torch.tensor([[1.0, -2.0, 3.0]]))
-        policy.log_std.fill_(0.0)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        policy.get_parameter("action_net.weight").copy_(torch.tensor([[1.0, -2.0, 3.0]]))
+        policy.get_parameter("log_std").fill_(0.0)
     obs = torch.randn(50, 3)
     penalty = policy.penalty(obs).detach()
     assert float(penalty.amax()) <= (0.1 * 6) ** 2 * (1 + 1e-5), "the ball"
-    assert float(penalty.median()) == pytest.approx(0.36, rel=1e-3), "the ascent reaches its corner"
-    _, log_prob, entropy = policy.evaluate_actions(obs, torch.zeros(50, 1))
+    assert float(penalty.amax()) == pytest.approx(0.36, rel=1e-3), "the ascent reaches the corner from good starts"
+    assert float(penalty.median()) > 0.2
+    torch.manual_seed(4)
+    again = policy.penalty(obs).detach()
+    torch.manual_seed(4)
+    entropy = policy.evaluate_actions(obs, torch.zeros(50, 1))[2]
     assert entropy is not None
-    assert log_prob.shape == (50,)
     plain = 0.5 * (0.5 + 0.5 * np.log(2 * np.pi))
-    assert float(entropy.detach().median()) == pytest.approx(plain - 2.0 * 0.36, rel=1e-2)
+    assert entropy.detach().numpy() == pytest.approx(plain - 2.0 * again.numpy(), rel=1e-4, abs=1e-6)
     discrete = SmoothPolicy(space, spaces.Discrete(2), lambda _: 1e-3, kappa=1.0, smooth_eps=0.1)
-    assert bool((discrete.penalty(obs) >= 0).all())
+    assert bool((discrete.penalty(obs) >= -1e-6).all())
 
 
 def test_discovery_runs_stops_and_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -180,8 +183,9 @@ def test_discovery_runs_stops_and_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_the_papers_recipes_run(name: str) -> None:
+def test_the_papers_recipes_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two updates on the true environment and settings, with fewer steps each."""
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes a log where it stands
     recipe = RECIPES[name]
     short = replace(recipe.task, max_steps=20)
     small = {"n_steps": 8, "batch_size": 8, "n_epochs": 1}

@@ -155,7 +155,7 @@ def _bandit(seed: int) -> tuple[dict[str, float], dict[str, float], Gate]:
     measured["root"], baseline["root"] = root[8000], 1.5 * root[500]
     bound = Exp3IX(7, ROUNDS, reward_range=RANGE).regret_bound(ROUNDS, alpha=1e-4)
     worst = max(measured[name] for name in cases) * ROUNDS
-    gate = Gate("regret below its bound", worst <= bound, f"{worst:.0f} against {bound:.0f} at alpha 1e-4")
+    gate = Gate("regret below its bound", bool(worst <= bound), f"{worst:.0f} against {bound:.0f} at alpha 1e-4")
     return measured, baseline, gate
 
 
