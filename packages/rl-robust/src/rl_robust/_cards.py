@@ -33,4 +33,14 @@ CARDS: tuple[MethodCard, ...] = (
         example="rl_robust._examples:non_dominated_policies",
         claim="rl_robust.claims.non_dominated_policies",
     ),
+    MethodCard(
+        slug="lipschitz-policies",
+        title="Controllers cloned from an expert under a certified bound on how far they amplify measurement errors",
+        paper="Al Makdah, Krishnan and Pasqualetti 2021, arXiv 2103.16629",
+        kind="policy",
+        task="reinforcement learning",
+        target="rl_robust.lipschitz:fit_lipschitz_policy",
+        example="rl_robust._examples:lipschitz_policies",
+        claim="rl_robust.claims.lipschitz_policies",
+    ),
 )

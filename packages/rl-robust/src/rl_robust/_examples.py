@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from robust_core.testing import Case
 
-__all__ = ["non_dominated_policies", "policy_smoothing", "srpo"]
+__all__ = ["lipschitz_policies", "non_dominated_policies", "policy_smoothing", "srpo"]
 
 
 def policy_smoothing() -> Case:
@@ -83,3 +83,18 @@ def non_dominated_policies() -> Case:
                             for n, name in enumerate(payoff.attackers)}}  # fmt: skip
 
     return Case(measure, first, torch.zeros(8, 4), torch.zeros(8, dtype=torch.int64))
+
+
+def lipschitz_policies() -> Case:
+    """Return a network cloned from a curved expert with a constant of 1.5."""
+    import numpy as np
+    import torch
+    from gymnasium import spaces
+
+    from rl_robust.lipschitz import fit_lipschitz_policy
+
+    x = torch.randn(128, 3, generator=torch.Generator().manual_seed(0))
+    u = torch.stack([x[:, 0].sin() - x[:, 1], x[:, 2].tanh()], 1)
+    space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+    policy = fit_lipschitz_policy(x, u, lipschitz=1.5, action_space=space, hidden=(16, 16), n_steps=50)
+    return Case(policy, policy, x[:16], torch.zeros(16, dtype=torch.int64))

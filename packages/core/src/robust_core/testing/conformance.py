@@ -356,6 +356,48 @@ def defence_saves_and_loads(case: Case) -> None:
         _require(same, "a reloaded copy differs")
 
 
+# -- policies --------------------------------------------------------------------------------------------------
+
+
+def _act(policy: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return policy.act(x)[0]
+
+
+def policy_acts_inside_its_space(case: Case) -> None:
+    """One finite action for each observation, inside the action space."""
+    actions = _act(case.subject, case.x)
+    _require(len(actions) == len(case.x), "one action for each observation")
+    _require(bool(torch.isfinite(actions.double()).all()), "an action is not finite")
+    space = case.subject.action_space
+    taken = actions.cpu().numpy().astype(space.dtype)
+    for action in taken.reshape(len(taken), *space.shape):
+        _require(space.contains(action), f"action {action} lies outside {space}")
+
+
+def policy_repeats_and_ignores_company(case: Case) -> None:
+    """Greedy actions are the same twice, in any order and alone; the policy and global state stay as found."""
+    with left_as_found(case.model):
+        whole, again = _act(case.subject, case.x), _act(case.subject, case.x)
+    _require(torch.equal(whole, again), "two calls act differently without draws")
+    turned, alone = _act(case.subject, case.x.flip(0)).flip(0), _act(case.subject, case.x[:1])
+    near = (turned.double() - whole.double()).abs().max(), (alone.double() - whole[:1].double()).abs().max()
+    _require(max(float(gap) for gap in near) < 1e-5, "an action depends on the other observations of its batch")
+
+
+def policy_saves_and_loads(case: Case) -> None:
+    """A copy whose weights were overwritten acts the same once the saved state is loaded."""
+    if not isinstance(case.subject, nn.Module):
+        return  # a function has no state
+    twin, saved = copy.deepcopy(case.subject), copy.deepcopy(case.subject.state_dict())
+    with torch.no_grad():
+        for value in (*twin.parameters(), *twin.buffers()):
+            if value.is_floating_point():
+                value.mul_(0.5)
+    twin.load_state_dict(saved)
+    _require(torch.equal(_act(twin, case.x), _act(case.subject, case.x)), "a reloaded copy acts differently")
+
+
 # -- data ------------------------------------------------------------------------------------------------------
 
 
@@ -415,6 +457,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         certifier_withstands_attack,
     ),
     "defence": (defence_is_a_classifier, defence_declares_itself, defence_saves_and_loads),
+    "policy": (policy_acts_inside_its_space, policy_repeats_and_ignores_company, policy_saves_and_loads),
     "data": (data_repeats_and_ignores_order,),
     "measure": (measure_repeats,),
     "theory": (measure_repeats,),
