@@ -14,7 +14,8 @@ from torch import nn
 from rl_robust.attacks import RandomNoise
 from rl_robust.attacks.learned import train_adversary
 from rl_robust.bandits import Exp3IX
-from rl_robust.nondominated import AdaptivePolicy, PayoffMatrix, PolicySet, adapt, replay
+from rl_robust.claims import non_dominated_policies
+from rl_robust.nondominated import AdaptivePolicy, PayoffMatrix, PolicySet, adapt, flip, replay
 from rl_robust.nondominated.discovery import blank_policy, discover_policies, train_policy
 from rl_robust.nondominated.recipes import RECIPES
 from rl_robust.nondominated.smooth import SmoothPolicy
@@ -201,3 +202,31 @@ def test_the_papers_recipes_run(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert np.isfinite(found.values[0])
     attack = train_adversary(task, found.policies[1], ball(recipe.eps), n_steps=16, n_envs=2, settings=small)
     assert np.isfinite(collect(found.policies[1], task, 1, attack=attack).mean)
+
+
+def test_the_flip_attacker_waits_until_the_bandit_has_settled() -> None:
+    attack = RandomNoise(ball(0.1))
+    choose = flip(attack, committed=0.7)
+    assert choose(0, np.array([0.6, 0.4])) is None
+    assert choose(1, np.array([0.7, 0.3])) is attack
+    assert choose(2, np.array([0.5, 0.5])) is attack, "it goes on"
+    assert choose(0, np.array([0.5, 0.5])) is None, "a new run"
+    with pytest.raises(ValueError, match="committed"):
+        flip(attack, committed=1.5)
+
+
+def test_the_full_claim_runs_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The true environment, policies and attackers; few steps of each."""
+    monkeypatch.chdir(tmp_path)
+    recipe = RECIPES["hopper"]
+    small = replace(
+        recipe, task=replace(recipe.task, max_steps=5), n_updates=1, ramp=1,
+        victim={**recipe.victim, **TINY}, attacker={**recipe.attacker, **TINY},
+    )  # fmt: skip
+    monkeypatch.setattr(non_dominated_policies, "RECIPES", {"hopper": small})
+    monkeypatch.setattr(non_dominated_policies, "UPDATE", 16)
+    monkeypatch.setattr(non_dominated_policies, "EPISODES", 2)
+    monkeypatch.setattr(non_dominated_policies, "GAMES", 1)
+    found = non_dominated_policies.run(0, "full")
+    assert set(found.measured) == set(found.baseline) == {"worst", "natural_control"}
+    assert all(gate.passed for gate in found.gates)

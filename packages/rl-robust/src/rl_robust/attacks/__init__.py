@@ -8,14 +8,20 @@
 
 from rl_robust.attacks.episode import BudgetedPGD, ConstantOffset
 from rl_robust.attacks.gradient import CriticAttack, MaximalActionDifference, RandomNoise
+from rl_robust.attacks.learned import LearnedStateAdversary, PolicyAdversaryDirector, train_adversary
 from rl_robust.attacks.sarsa import RobustSarsa, fit_sarsa
+from rl_robust.attacks.switching import SwitchingAttack
 
 __all__ = [
     "BudgetedPGD",
     "ConstantOffset",
     "CriticAttack",
+    "LearnedStateAdversary",
     "MaximalActionDifference",
+    "PolicyAdversaryDirector",
     "RandomNoise",
     "RobustSarsa",
+    "SwitchingAttack",
     "fit_sarsa",
+    "train_adversary",
 ]

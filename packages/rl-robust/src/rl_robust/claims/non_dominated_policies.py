@@ -33,6 +33,7 @@ from robust_core.threats import Linf
 __all__ = ["STATEMENTS", "run"]
 
 GAMES, ROUNDS, RANGE = 20, 2_000, (0.0, 6_000.0)
+UPDATE, EPISODES = 2048, 800
 NATURAL, ATTACKED = np.linspace(5500.0, 2500.0, 7), np.array([1500.0, 1900.0, 2300.0, 2700.0, 3100.0, 3500.0, 3800.0])
 _NONE = "the paper has no such figure"
 _UNREAD = "the values of the paper's table were not available"
@@ -201,7 +202,7 @@ def _games(seed: int) -> tuple[dict[str, float], dict[str, float], tuple[Gate, .
 def _control(seed: int) -> Figures:
     """Hopper by the paper's recipe."""
     recipe = RECIPES["hopper"]
-    budget, steps = StepBudget(Linf(recipe.eps, domain=None)), recipe.n_updates * 2048
+    budget, steps = StepBudget(Linf(recipe.eps, domain=None)), recipe.n_updates * UPDATE
     train = partial(train_policy, n_steps=steps, n_envs=1, settings=recipe.victim)
     first, task = train(recipe.task, generator=derive(seed, "natural"))
     robust, _ = train(task, kappa=recipe.kappa, eps=recipe.eps, generator=derive(seed, "robust"))
@@ -216,9 +217,11 @@ def _control(seed: int) -> Figures:
                 task, victim, budget, kind=kind, n_steps=steps, n_envs=1, settings=recipe.attacker,
                 generator=derive(seed, kind, k),
             )  # fmt: skip
-    table = PolicySet([*found.policies, robust], task).payoff(attacks, 800, generator=derive(seed, "episodes")).returns
+    table = (
+        PolicySet([*found.policies, robust], task).payoff(attacks, EPISODES, generator=derive(seed, "episodes")).returns
+    )
     bandits = [
-        Exp3IX(len(found), 800, reward_range=recipe.reward_range, generator=derive(seed, "bandit", n))
+        Exp3IX(len(found), EPISODES, reward_range=recipe.reward_range, generator=derive(seed, "bandit", n))
         for n in range(len(attacks))
     ]
     mine = [float(replay(b, table[:-1, n]).returns.mean()) for n, b in enumerate(bandits)]

@@ -16,7 +16,7 @@ episode by its returns.
 The bandit is :class:`rl_robust.bandits.Exp3IX`; the attackers are in :mod:`rl_robust.attacks`.
 """
 
-from rl_robust.nondominated.adaptive import Adaptation, AdaptivePolicy, adapt, replay
+from rl_robust.nondominated.adaptive import Adaptation, AdaptivePolicy, adapt, flip, replay
 from rl_robust.nondominated.sets import PayoffMatrix, PolicySet
 
-__all__ = ["Adaptation", "AdaptivePolicy", "PayoffMatrix", "PolicySet", "adapt", "replay"]
+__all__ = ["Adaptation", "AdaptivePolicy", "PayoffMatrix", "PolicySet", "adapt", "flip", "replay"]

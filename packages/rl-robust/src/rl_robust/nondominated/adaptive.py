@@ -25,10 +25,10 @@ from rl_robust.bandits import Exp3IX
 from rl_robust.nondominated.sets import PolicySet
 from rl_robust.observation import ObservationAttack
 from rl_robust.rollout import collect
-from robust_core.checks import check_count
+from robust_core.checks import check_count, check_number
 from robust_core.random import Seed, resolve_seed
 
-__all__ = ["Adaptation", "AdaptivePolicy", "adapt", "replay"]
+__all__ = ["Adaptation", "AdaptivePolicy", "adapt", "flip", "replay"]
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,23 @@ def adapt(
         if on_step is not None:
             on_step(t + 1, n_rounds)
     return Adaptation(np.array(arms), np.array(returns))
+
+
+def flip(attack: ObservationAttack, *, committed: float = 0.8) -> Callable[[int, np.ndarray], ObservationAttack | None]:
+    """Return an attacker of the adaptation itself: it behaves until the bandit has settled, then attacks.
+
+    Args:
+        attack: what it does then; in the worst case trained against the policy that is best without attack.
+        committed: probability of an arm at which the bandit counts as settled.
+    """
+    check_number("committed", committed, low=0, high=1, open_low=True)
+    begun = [False]
+
+    def choose(t: int, probabilities: np.ndarray) -> ObservationAttack | None:
+        begun[0] = (begun[0] and t > 0) or float(np.max(probabilities)) >= committed
+        return attack if begun[0] else None
+
+    return choose
 
 
 def replay(bandit: Exp3IX, returns: np.ndarray) -> Adaptation:
