@@ -47,6 +47,8 @@ Method = Literal["srpo", "ipo", "dpo"]
 METHODS: tuple[Method, ...] = ("srpo", "ipo", "dpo")
 BETA = 0.5
 WORLDS = 10
+REPAIR_BETA = 0.1
+"""The default. A revision can gain a factor of exp(1 / beta) at most: at 0.5 there would be little to see."""
 CYCLE = torch.tensor([[0.5, 0.9, 0.3], [0.1, 0.5, 0.9], [0.7, 0.1, 0.5]], dtype=torch.float64)
 MUS = ((1 / 3, 1 / 3, 1 / 3), (0.1, 0.2, 0.7), (0.7, 0.2, 0.1))
 TEMPLATES = Templates("{prompt}=", "{prompt}~{completion}=")
@@ -148,7 +150,7 @@ class _Size:
 def _size(scale: Scale) -> _Size:
     if scale == "full":
         return _Size(width=128, n_layers=4, n_pairs=20_000, steps=5_000, teach_steps=5_000, n_answers=5_000)
-    return _Size(width=32, n_layers=1, n_pairs=3_000, steps=250, teach_steps=250, n_answers=300)
+    return _Size(width=32, n_layers=1, n_pairs=4_000, steps=200, teach_steps=200, n_answers=300)
 
 
 class _Teach(nn.Module):
@@ -220,11 +222,11 @@ def _train(
     return model.eval()
 
 
-def _objective(method: Method, reference: nn.Module) -> nn.Module:
+def _objective(method: Method, reference: nn.Module, beta: float) -> nn.Module:
     reference = copy.deepcopy(reference)
     if method == "srpo":
-        return SRPOObjective(reference, beta=BETA, reduction="sum")
-    return PairwiseObjective(method, reference, beta=BETA)
+        return SRPOObjective(reference, beta=beta, reduction="sum")
+    return PairwiseObjective(method, reference, beta=beta)
 
 
 def _letters(tokenizer: Any, mu: tuple[float, ...], n: int, seed: int) -> PreferenceData:
@@ -259,16 +261,14 @@ def _shift(seed: int, size: _Size) -> dict[str, float]:
     model = small_gpt2(tokenizer, width=size.width, n_layers=size.n_layers, n_positions=32, generator=derive(seed, "0"))
     taught = _letters(tokenizer, MUS[0], size.n_pairs, derive(seed, "teach"))
     reference = _train(model, taught, _Teach(), steps=size.teach_steps, lr=5e-3, seed=seed)
-    found: dict[str, float] = {}
-    for method in METHODS:
-        writers = []
-        for number, mu in enumerate(MUS):
-            data = _letters(tokenizer, mu, size.n_pairs, derive(seed, "pairs", number))
-            objective = _objective(method, reference)
+    writers: dict[str, list[Tensor]] = {method: [] for method in METHODS}
+    for number, mu in enumerate(MUS):
+        data = _letters(tokenizer, mu, size.n_pairs, derive(seed, "pairs", number))
+        for method in METHODS:
+            objective = _objective(method, reference, BETA)
             trained = _train(reference, data, objective, steps=size.steps, lr=3e-3, seed=seed)
-            writers.append(_distribution(trained, tokenizer))
-        found[method] = _spread(writers)
-    return found
+            writers[method].append(_distribution(trained, tokenizer))
+    return {method: _spread(found) for method, found in writers.items()}
 
 
 # -- repair ----------------------------------------------------------------------------------------------------
@@ -313,7 +313,9 @@ def _repair(seed: int, size: _Size) -> dict[Method, tuple[float, float, float]]:
     )  # fmt: skip
     found: dict[Method, tuple[float, float, float]] = {}
     for method in METHODS:
-        trained = _train(reference, data, _objective(method, reference), steps=size.steps, lr=3e-3, seed=seed)
+        trained = _train(
+            reference, data, _objective(method, reference, REPAIR_BETA), steps=size.steps, lr=3e-3, seed=seed
+        )
         stages = answer(trained, n_revisions=2, generator=derive(seed, "answers"))
         again = [answer(trained, n_revisions=0, generator=derive(seed, "more", k)) for k in range(2)]
         first = [_right(prompt, row[0]) for prompt, row in zip(prompts, stages, strict=True)]
