@@ -80,7 +80,7 @@ def action_difference(policy: Any, before: Tensor, after: Tensor) -> Tensor:
     """Return (B,) KL divergences of the actions that follow from two outputs.
 
     Args:
-        policy: gives the action space and, for continuous actions, ``spread`` (1 where it has none).
+        policy: gives the action space and, for continuous actions, ``spread`` (1 where it has none; without gradient).
         before: (B, K) logits or means.
         after: (B, K) those that changed.
     """
@@ -88,7 +88,7 @@ def action_difference(policy: Any, before: Tensor, after: Tensor) -> Tensor:
         p, q = F.log_softmax(before, 1), F.log_softmax(after, 1)
         return (p.exp() * (p - q)).sum(1)
     spread = getattr(policy, "spread", None)
-    gap = (after - before) if spread is None else (after - before) / spread
+    gap = (after - before) if spread is None else (after - before) / spread.detach()
     return 0.5 * gap.square().flatten(1).sum(1)
 
 

@@ -1,0 +1,5 @@
+"""Training policies against attackers of their observations."""
+
+from rl_robust.adversarial.sa_ppo import SAPPO, StateAdversarialRegulariser
+
+__all__ = ["SAPPO", "StateAdversarialRegulariser"]
