@@ -43,4 +43,15 @@ CARDS: tuple[MethodCard, ...] = (
         example="rl_robust._examples:lipschitz_policies",
         claim="rl_robust.claims.lipschitz_policies",
     ),
+    MethodCard(
+        slug="per-step-negatives",
+        title="Training on the step that lost the answer, found by roll-outs in wrong solutions",
+        paper="Setlur, Garg, Geng, Garg, Smith and Kumar 2024, arXiv 2406.14532",
+        kind="objective",
+        task="language modelling",
+        target="rl_robust.preference.per_step:PerStepDPO",
+        example="rl_robust._examples:per_step_negatives",
+        claim="rl_robust.claims.per_step_negatives",
+        extras=("preference",),
+    ),
 )

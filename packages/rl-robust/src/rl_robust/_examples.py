@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from robust_core.testing import Case
 
-__all__ = ["lipschitz_policies", "non_dominated_policies", "policy_smoothing", "srpo"]
+__all__ = ["lipschitz_policies", "non_dominated_policies", "per_step_negatives", "policy_smoothing", "srpo"]
 
 
 def policy_smoothing() -> Case:
@@ -98,3 +98,30 @@ def lipschitz_policies() -> Case:
     space = spaces.Box(-1.0, 1.0, (2,), np.float32)
     policy = fit_lipschitz_policy(x, u, lipschitz=1.5, action_space=space, hidden=(16, 16), n_steps=50)
     return Case(policy, policy, x[:16], torch.zeros(16, dtype=torch.int64))
+
+
+def per_step_negatives() -> Case:
+    """Return pairs of three-digit sums, rejected up to the wrong digit, for a small GPT-2 and its frozen copy."""
+    import copy
+
+    import torch
+
+    from rl_robust.preference.characters import character_tokenizer, small_gpt2
+    from rl_robust.preference.collate import TokenRow
+    from rl_robust.preference.per_step import PerStepDPO
+    from rl_robust.preference.per_step_pairs import PrefixPairs
+
+    tokenizer = character_tokenizer("0123456789+=")
+    end = tokenizer.eos_token_id
+
+    def row(prompt: str, text: str, *last: int) -> TokenRow:
+        prompt_ids, ids = (tuple(tokenizer(part)["input_ids"]) for part in (prompt, text))
+        return TokenRow(prompt_ids, (*ids, *last))
+
+    sums = [(f"{a}+{a + 1}=", str(2 * a + 1)) for a in range(50, 58)]
+    rows = [(row(asked, right, end), row(asked, right[: i % 3] + "0")) for i, (asked, right) in enumerate(sums)]
+    pairs = PrefixPairs(rows, [True] * len(rows), list(range(len(rows))), eos=end, pad=tokenizer.pad_token_id)
+    batch = pairs.batch(torch.arange(len(rows)))
+    model = small_gpt2(tokenizer)
+    objective = PerStepDPO(copy.deepcopy(model), beta=0.3, sft_weight=0.1)
+    return Case(objective, model, batch["x"], batch["y"], {"batch": batch, "lr": 0.05})

@@ -24,7 +24,7 @@ Texts become ids in :mod:`~rl_robust.preference.per_step_text`: splitters, verif
 Left out: sampling the solutions themselves (draw them with the same sampler from the empty prefix) and repeated
 rounds (after large updates the values are those of another model: estimate them again). Defaults: K = 5 and 8 wrong
 responses are the paper's; beta, learning rate and number of roll-outs are not known from it and are ours, and so is
-the test that skips responses without a pit beyond chance.
+the test, off by default, that skips responses without a pit beyond chance.
 """
 
 from __future__ import annotations

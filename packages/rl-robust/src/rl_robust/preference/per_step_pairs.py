@@ -97,7 +97,7 @@ def build_pairs(
     eos: int | None,
     pad: int = 0,
     max_negatives: int = 8,
-    alpha: float = 0.1,
+    alpha: float = 1.0,
     min_drop: float = 0.0,
     generator: Seed = None,
 ) -> PrefixPairs:
@@ -120,7 +120,7 @@ def build_pairs(
         eos: token id of the end of sequence; None where responses have a fixed length.
         pad: token id of padding.
         max_negatives: most wrong responses of a problem (8 in the paper).
-        alpha: level of the test for a pit, see :meth:`StepValues.pit`.
+        alpha: level of the test for a pit, see :meth:`StepValues.pit`; 1 leaves it out.
         min_drop: least drop of the value at a pit, or at each step of ``all_steps`` (there 0 means any drop).
         generator: seed of the choice among correct responses.
 

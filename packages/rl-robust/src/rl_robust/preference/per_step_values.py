@@ -203,12 +203,13 @@ class StepValues:
         """(L,) advantages; they sum to the response's own answer (1 or 0) minus ``q0``."""
         return step_advantages(self.q, q0=self.q0)
 
-    def pit(self, *, alpha: float = 0.1, min_drop: float = 0.0) -> int | None:
+    def pit(self, *, alpha: float = 1.0, min_drop: float = 0.0) -> int | None:
         """Return the first pit, or None where the drop from the start may be chance.
 
         Args:
             alpha: level of Fisher's one-sided test that the roll-outs after the pit are right less often than those
-                from the prompt. 1 asks for any drop.
+                from the prompt. 1 asks for any drop, as the paper does: a wrong response loses its chance somewhere, so
+                the test guards against wrong verdicts, and costs pairs of hard problems.
             min_drop: least drop of the value.
         """
         check_number("alpha", alpha, low=0.0, high=1.0, open_low=True)
