@@ -18,8 +18,8 @@ All hold for every pair at the optimum, which :func:`rl_robust.preference.srpo_c
 answers. An answer that the data never show is tied to nothing, and probability that a model moves there (or takes from
 there) shifts the reviser's normalisation and with it the writer: the independence needs coverage. A revision of the
 reference beats the answer that it was shown, for any preferences; further ones need not improve, not even where
-preferences are Bradley-Terry (both are tests). The gradient flows through all six terms. ``mix=1`` leaves the writer untrained and ``mix=0`` leaves r and r'
-undetermined (only a sum of them is fixed), hence the open interval by default.
+preferences are Bradley-Terry (both are tests). The gradient flows through all six terms. ``mix=1`` leaves the writer
+untrained and ``mix=0`` leaves r and r' undetermined (only a sum of them is fixed): stay between them.
 
 Defaults: beta 0.1 from a third party's trainer, which sums log-probabilities and sets the mix to 0.8; the authors' own
 values are not published. Squared losses of sums grow with the length of answers, and the authors of IPO (two of them
