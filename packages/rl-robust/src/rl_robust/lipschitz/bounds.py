@@ -131,6 +131,8 @@ def uniform_box(low: Sequence[float], high: Sequence[float]) -> tuple[float, Cal
 
     def covering(radius: float) -> float:
         """Return a number of balls that cover the box: of cubes inscribed in them."""
+        if not 0 < radius <= float(sides.min()):
+            raise ValueError(f"radius={radius}: the law's mass is known up to the shortest side, {sides.min():g}")
         return float(np.prod(np.ceil(sides * math.sqrt(n) / (2 * radius) * UP)))
 
     return ball / 2**n / float(np.prod(sides)) / UP, covering

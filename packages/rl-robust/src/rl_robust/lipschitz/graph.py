@@ -83,6 +83,10 @@ def lipschitz_values(
     conflicts = len(torch.unique(place[spread > 1e-12 * (1 + u.abs().amax(1))]))
     v, gap, steps = means, 0.0, 0
     if pair_ratio(points, means) > lipschitz:
+        if means.numel() > 2 * MAX_POINTS:
+            raise ValueError(
+                f"{len(points)} points with {u.shape[1]} outputs: {2 * MAX_POINTS} numbers at most are solved"
+            )
         v, gap, steps = _solve(points, means, weight, lipschitz, tolerance, n_iter)
         # strictly inside: shrunk towards the mean by what is left of the violation, and a hair more
         middle = (weight[:, None] * v).sum(0) / weight.sum()

@@ -22,6 +22,7 @@ from torch import Tensor
 from rl_robust.observation import StepBudget, View
 from rl_robust.policy import Policy
 from robust_core.checks import check_choice, check_count, check_finite, check_number
+from robust_core.errors import NotDifferentiableError
 from robust_core.models import frozen
 from robust_core.random import SampleStreams, Seed, resolve_seed
 from robust_core.threats import L2
@@ -83,6 +84,8 @@ def _search(
         free = deltas.detach().requires_grad_(True)
         with torch.enable_grad():
             total = _play(policy, step, cost, x, free)
+            if not total.requires_grad:
+                raise NotDifferentiableError(f"{type(policy).__name__}.act, step or cost passes no gradient")
             (gradient,) = torch.autograd.grad(total.sum(), free)
         total = total.detach()
         better = total > worth * (1 + torch.sign(worth) * 1e-12)
