@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import gymnasium as gym
 import numpy as np
@@ -37,7 +37,7 @@ from rl_robust.observation import Budget, ObservationAttack, StepBudget, View
 from rl_robust.policy import Policy, as_policy, require
 from rl_robust.task import Task
 from robust_core.checks import check_choice, check_count
-from robust_core.models import padded
+from robust_core.models import model_device, padded
 from robust_core.random import Seed, derive, reseeded, resolve_seed
 
 __all__ = [
@@ -212,7 +212,7 @@ class AdversaryEnv(gym.Env):
         self.policy = as_policy(policy, self.env.action_space)
         step_ball(budget, 1)
         self.budget = budget
-        self._stage = Stage(task, 1, resolve_seed(generator))
+        self._stage = Stage(task, 1, resolve_seed(generator), model_device(cast(Any, self.policy)))
         shape = self.env.observation_space.shape or ()
         self.action_space = adversary_space(kind, shape, self.policy)
         self.observation_space = spaces.Box(-np.inf, np.inf, (int(np.prod(shape)),), np.float32)
@@ -225,7 +225,7 @@ class AdversaryEnv(gym.Env):
         return self._flat(self._stage.observe(np.asarray(raw)[None])), info
 
     def _flat(self, obs: Tensor) -> np.ndarray:
-        return obs.flatten(1)[0].numpy()
+        return obs.flatten(1)[0].cpu().numpy()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Show the victim something, and let it act."""
@@ -264,15 +264,15 @@ class ObservationAttackEnv(gym.Env):
         self.env, self.attack = task.make(), attack
         self.policy = None if policy is None else as_policy(policy, self.env.action_space)
         self.action_space = self.env.action_space
-        self._stage = Stage(task, 1, resolve_seed(generator))
+        self._stage = Stage(task, 1, resolve_seed(generator), model_device(cast(Any, self.policy)))
         self.observation_space = self._stage.space(self.env.observation_space.shape or ())
 
     def _shown(self, raw: np.ndarray) -> np.ndarray:
         stage = self._stage
         stage.observe(np.asarray(raw)[None])
         if self.attack is None:
-            return stage.push(stage.obs)[0].numpy()
-        return stage.attacked(self.policy, self.attack.budget, self.attack.perturb)[0].numpy()
+            return stage.push(stage.obs)[0].cpu().numpy()
+        return stage.attacked(self.policy, self.attack.budget, self.attack.perturb)[0].cpu().numpy()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         """Begin an episode."""
@@ -316,7 +316,7 @@ def train_adversary(
         n_envs: environments side by side.
         settings: of ``stable_baselines3.PPO``, over the defaults here (64-64 tanh).
         generator: seed; the global generators are left as found.
-        device: where PPO trains.
+        device: where PPO trains; the attacker comes back on the victim's.
         on_step: called with (steps done, steps in all) after each rollout.
     """
     import stable_baselines3
@@ -336,4 +336,4 @@ def train_adversary(
         )
         model.learn(n_steps, callback=None if on_step is None else Reporter(on_step, n_steps))
         env.close()
-    return adversary_attack(kind, budget, SB3Policy(model.policy))
+    return adversary_attack(kind, budget, SB3Policy(model.policy).to(env.stage.device))

@@ -9,7 +9,7 @@ victim train against an attack. One batched forward serves all environments.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from rl_robust.observation import Budget, ObservationAttack, View
 from rl_robust.policy import Memory, as_policy
 from rl_robust.task import Task
 from robust_core.checks import check_choice
+from robust_core.models import model_device
 from robust_core.random import Seed, derive, resolve_seed
 
 __all__ = ["AdversaryVecEnv", "AttackedVecEnv", "Reporter", "SidedPolicy", "Stage", "WithoutSide"]
@@ -36,13 +37,15 @@ class Stage:
         task: scale, normaliser, frames.
         lanes: environments.
         seed: of the attack's streams.
+        device: of the victim; None is the CPU.
     """
 
-    def __init__(self, task: Task, lanes: int, seed: int) -> None:
+    def __init__(self, task: Task, lanes: int, seed: int, device: torch.device | str | None = None) -> None:
         self.task, self.lanes, self.seed = task, lanes, derive(seed, "attack")
-        self.step = torch.zeros(lanes, dtype=torch.int64)
-        self.episodes = torch.arange(lanes)
-        self.spent = torch.zeros(lanes, dtype=torch.float64)
+        self.device = torch.device(device or "cpu")
+        self.step = torch.zeros(lanes, dtype=torch.int64, device=self.device)
+        self.episodes = torch.arange(lanes, device=self.device)
+        self.spent = torch.zeros(lanes, dtype=torch.float64, device=self.device)
         self.store: dict[str, Tensor] = {}
         self.memory: Memory = None
         self.obs = self.frames = torch.zeros(0)
@@ -54,7 +57,7 @@ class Stage:
 
     def restart(self, begun: np.ndarray) -> None:
         """Note which lanes begin an episode."""
-        where = torch.as_tensor(begun)
+        where = torch.as_tensor(begun, device=self.device)
         self.step = torch.where(where, 0, self.step)
         self.spent = torch.where(where, 0.0, self.spent)
         self.episodes = torch.where(where, self.episodes + self.lanes, self.episodes)
@@ -65,14 +68,14 @@ class Stage:
 
     def observe(self, raw: np.ndarray) -> Tensor:
         """Take in raw observations (lanes, ...) and return the true ones at the attack's place."""
-        self.obs = self.task.observe(np.asarray(raw))
+        self.obs = self.task.observe(np.asarray(raw)).to(self.device)
         if not self.frames.numel():
             self.frames = self.obs.new_zeros(self.lanes, self.task.n_frames, *self.obs.shape[1:])
         return self.obs
 
     def view(self, policy: Any, budget: Budget, rows: Tensor | None = None, obs: Tensor | None = None) -> View:
         """Return what the attacker is shown on some lanes."""
-        at = torch.arange(self.lanes) if rows is None else rows
+        at = torch.arange(self.lanes, device=self.device) if rows is None else rows
         memory = self.memory
         if memory is not None:
             memory = tuple(m[at] for m in memory) if isinstance(memory, tuple) else memory[at]
@@ -103,7 +106,7 @@ class Stage:
             actions, memory = policy.act(shown[rows], memory, self.step[rows] == 0)
         if rows == slice(None):
             self.memory = memory
-        return actions.numpy()
+        return actions.cpu().numpy()
 
 
 class AdversaryVecEnv(VecEnvWrapper):
@@ -140,7 +143,7 @@ class AdversaryVecEnv(VecEnvWrapper):
         super().__init__(
             venv, spaces.Box(-np.inf, np.inf, (size,), np.float32), adversary_space(kind, shape, self.sides[0][0])
         )
-        self.stage = Stage(task, venv.num_envs, resolve_seed(generator))
+        self.stage = Stage(task, venv.num_envs, resolve_seed(generator), model_device(cast(Any, self.sides[0][0])))
         self.share = venv.num_envs // len(sides)
         self.side = np.repeat(np.arange(len(sides)), self.share)
 
@@ -149,7 +152,7 @@ class AdversaryVecEnv(VecEnvWrapper):
         self.sides[side] = (as_policy(policy, self.venv.action_space), self.sides[side][1])
 
     def _flat(self, obs: Tensor, side: np.ndarray) -> np.ndarray:
-        flat = obs.flatten(1).numpy()
+        flat = obs.flatten(1).cpu().numpy()
         return flat if len(self.sides) == 1 else np.concatenate([flat, side[:, None].astype(np.float32)], 1)
 
     def reset(self) -> np.ndarray:
@@ -159,10 +162,10 @@ class AdversaryVecEnv(VecEnvWrapper):
 
     def step_async(self, actions: np.ndarray) -> None:
         """Show the victims something, and let them act."""
-        told = torch.as_tensor(np.asarray(actions, dtype=np.float32))
         stage, parts = self.stage, []
+        told = torch.as_tensor(np.asarray(actions, dtype=np.float32), device=stage.device)
         for k, (policy, _) in enumerate(self.sides):
-            rows = torch.arange(k * self.share, (k + 1) * self.share)
+            rows = torch.arange(k * self.share, (k + 1) * self.share, device=stage.device)
             parts.append(propose(self.kind, stage.view(policy, self.budget, rows, stage.obs[rows]), told[rows]))
         shown = stage.attacked(self.sides[0][0], self.budget, lambda _: torch.cat(parts))
         if len(self.sides) == 1:
@@ -193,6 +196,7 @@ class AttackedVecEnv(VecEnvWrapper):
         attack: who changes observations, or None.
         policy: the victim that the attacker looks at; may be set later (:attr:`policy`).
         generator: seed of the attack's streams.
+        device: of the victim, where that is set later.
     """
 
     def __init__(
@@ -203,16 +207,17 @@ class AttackedVecEnv(VecEnvWrapper):
         policy: Any = None,
         *,
         generator: Seed = None,
+        device: torch.device | str | None = None,
     ) -> None:
         self.task, self.attack, self.policy = task, attack, policy
-        self.stage = Stage(task, venv.num_envs, resolve_seed(generator))
+        self.stage = Stage(task, venv.num_envs, resolve_seed(generator), device or model_device(policy))
         super().__init__(venv, self.stage.space(venv.observation_space.shape or ()))
 
     def _shown(self, raw: np.ndarray) -> np.ndarray:
         self.stage.observe(np.asarray(raw))
         if self.attack is None:
-            return self.stage.push(self.stage.obs).numpy()
-        return self.stage.attacked(self.policy, self.attack.budget, self.attack.perturb).numpy()
+            return self.stage.push(self.stage.obs).cpu().numpy()
+        return self.stage.attacked(self.policy, self.attack.budget, self.attack.perturb).cpu().numpy()
 
     def reset(self) -> np.ndarray:
         """Begin."""
@@ -230,12 +235,13 @@ class AttackedVecEnv(VecEnvWrapper):
 
     def _last(self, lane: int, raw: np.ndarray) -> np.ndarray:
         """Return the last observation as the victim would see it: its value there is what PPO bootstraps from."""
-        rows, obs = torch.tensor([lane]), self.task.observe(np.asarray(raw)[None])
+        device = self.stage.device
+        rows, obs = torch.tensor([lane], device=device), self.task.observe(np.asarray(raw)[None]).to(device)
         seen = obs
         if self.attack is not None:
             view = self.stage.view(self.policy, self.attack.budget, rows, obs)
             seen = self.attack.budget.project(self.attack.perturb(view).detach(), obs, view.spent)
-        return self.task.show(torch.cat([self.stage.frames[rows][:, 1:], seen[:, None]], 1))[0].numpy()
+        return self.task.show(torch.cat([self.stage.frames[rows][:, 1:], seen[:, None]], 1))[0].cpu().numpy()
 
 
 class _Blindfold(nn.Module):

@@ -161,7 +161,9 @@ class _Round:
         task = policies.task
         self.policies, self.budget, self.kind, self.seed = policies, budget, kind, seed
         self.rates = _rate(victim), _rate(attacker)
-        self.victim_env = AttackedVecEnv(_vec(task, n_envs, derive(seed, "victim env")), task, generator=seed)
+        self.victim_env = AttackedVecEnv(
+            _vec(task, n_envs, derive(seed, "victim env")), task, generator=seed, device=device
+        )
         settings = smooth_settings(victim, kappa=kappa, eps=budget.eps)
         self.victim = _model(SmoothPolicy, self.victim_env, settings, derive(seed, "victim"), device)
         self._warm(policies[len(policies) - 1])
@@ -257,7 +259,7 @@ def discover_policies(
         victim_settings: of its PPO, over small defaults; :mod:`.recipes` has the paper's.
         attacker_settings: likewise.
         generator: seed; the global generators are left as found.
-        device: where PPO trains.
+        device: where PPO trains; ``initial`` must stand there.
         checkpoint: folder; an interrupted discovery goes on after its last finished policy (which must be of
             the discovered kind, as the initial one of :func:`train_policy` is).
         on_step: called with (name of the round, updates done, updates).
