@@ -139,15 +139,17 @@ def worst_measurements(
         zero = x0.new_zeros(len(x0), horizon, x0.shape[1])
         with torch.no_grad():
             nominal = _play(policy, step, cost, x0, zero)
-        best, worth = zero, nominal
-        for k in range(check_count("n_restarts", n_restarts)):
-            drawn = streams.normal(zero.shape[1:], chunk=k, dtype=x0.dtype)
-            start = zeta * drawn / drawn.norm(dim=2, keepdim=True).clamp(min=1e-30)
-            found, total = _search(
-                policy, step, cost, x0, _within(start, zeta), zeta=zeta, n_iter=n_iter, rate=rate
-            )  # fmt: skip
-            best = torch.where((total > worth)[:, None, None], found, best)
-            worth = torch.maximum(total, worth)
+        check_count("n_restarts", n_restarts)
+        drawn = torch.cat([streams.normal(zero.shape[1:], chunk=k, dtype=x0.dtype) for k in range(n_restarts)])
+        start = _within(zeta * drawn / drawn.norm(dim=2, keepdim=True).clamp(min=1e-30), zeta)
+        found, total = _search(
+            policy, step, cost, x0.repeat(n_restarts, 1), start, zeta=zeta, n_iter=n_iter, rate=rate
+        )  # fmt: skip
+        # no error at all is a candidate too
+        found = torch.cat([zero, found]).unflatten(0, (n_restarts + 1, len(x0)))
+        total = torch.cat([nominal, total]).unflatten(0, (n_restarts + 1, len(x0)))
+        worth, which = total.max(0)
+        best = found[which, torch.arange(len(x0), device=x0.device)]
     return WorstCase(best, worth, nominal)
 
 
