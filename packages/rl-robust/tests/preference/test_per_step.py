@@ -315,3 +315,24 @@ def test_training_with_references_of_the_batch_or_of_a_copy_is_the_same() -> Non
     assert torch.allclose(found[0], found[1], atol=1e-5)
     chance = found[0].softmax(0)
     assert float(chance[5]) < 0.05 < float(chance[1])
+
+
+# -- the claim's world -----------------------------------------------------------------------------------------
+
+
+def test_the_world_of_the_claim_is_one_function_of_its_seed_and_counts_what_is_fatal() -> None:
+    from rl_robust.claims.per_step_negatives import LENGTH, TOKENS, TablePolicy, World
+
+    world = World(5)
+    policy = TablePolicy(world, world.supervised())
+    prompts = [(TOKENS + number,) for number in range(40)]
+    whole = policy.sampler(prompts, 6, seeds=range(40))
+    assert policy.sampler(prompts[7:8], 6, seeds=[7]) == whole[7:8]
+    perfect = torch.full((300, TOKENS), -50.0)
+    perfect[torch.arange(300), world.right] = 50.0
+    assert TablePolicy(world, perfect).accuracy(0, 200, 0) == 1.0
+    rows = torch.tensor([[*prompt, *ids] for prompt, found in zip(prompts, whole, strict=True) for ids in found])
+    assert rows.shape == (240, 1 + LENGTH)
+    for row, solved in zip(rows.tolist(), world.solved(rows).tolist(), strict=True):
+        assert world.verify(Problem((row[0],)), tuple(row[1:])) is solved
+    assert policy.spurious() == pytest.approx(0.55, abs=1e-6)

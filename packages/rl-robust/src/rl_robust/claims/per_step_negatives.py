@@ -16,6 +16,13 @@ The data sizes of the last statements are 75, 150, 300 and 600 problems. The abs
 of a stronger model, which a table has no trouble to imitate: it has no counterpart here, and what is stated is what the
 two factors (eight and two) imply between the model's own positives and per-step negatives.
 Full scale measures on 10,000 fresh problems of the same world; the paper's models of 7 billion parameters are not run.
+
+What ten seeds gave: 0.80 of fresh problems from 0.31; 0.79 for RFT; 0.11 for standard DPO, which pushes down right
+tokens of contexts that only failed solutions visit. Per-step DPO halves the spurious steps (0.19; RFT 0.39, however
+much data it has). A quarter of the data is not enough: RFT is flat, 0.79 on 150 problems and 0.80 on 300 and 600, so
+few problems give it all that it can learn here; per-step DPO has 0.65 on 75, draws level on 150 and goes on to 0.96 on
+600. Pairs from one prefix do best on the same data, 0.92: whole correct solutions mix the lesson of the pit with that
+of another path.
 """
 
 from __future__ import annotations
