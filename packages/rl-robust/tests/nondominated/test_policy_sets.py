@@ -19,6 +19,7 @@ from rl_robust.nondominated import AdaptivePolicy, PayoffMatrix, PolicySet, adap
 from rl_robust.nondominated.discovery import blank_policy, discover_policies, train_policy
 from rl_robust.nondominated.recipes import RECIPES
 from rl_robust.nondominated.smooth import SmoothPolicy
+from rl_robust.nondominated.tabular import random_game
 from rl_robust.observation import StepBudget
 from rl_robust.policy import NetworkPolicy
 from rl_robust.rollout import collect
@@ -230,3 +231,13 @@ def test_the_full_claim_runs_in_miniature(tmp_path: Path, monkeypatch: pytest.Mo
     found = non_dominated_policies.run(0, "full")
     assert set(found.measured) == set(found.baseline) == {"worst", "natural_control"}
     assert all(gate.passed for gate in found.gates)
+
+
+def test_the_quick_claim_measures_what_it_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(non_dominated_policies, "GAMES", 1)
+    monkeypatch.setattr(non_dominated_policies, "ROUNDS", 200)
+    monkeypatch.setattr(non_dominated_policies.tabular, "random_game", lambda seed: random_game(seed, n_states=3))
+    found = non_dominated_policies.run(1, "quick")
+    assert all(gate.passed for gate in found.gates)
+    figures = {s.figure for s in non_dominated_policies.STATEMENTS if "quick" in s.scales}
+    assert figures == set(found.measured) == set(found.baseline)
