@@ -74,6 +74,15 @@ def test_check_tells_what_is_wrong_and_how_to_put_it_right(trained: Path, capfd:
     assert "2) are needed" in capfd.readouterr().err
 
 
+def test_a_hardened_policy_can_be_checked_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--env", "CartPole-v1", "--steps", "64", "--eps", "0.1", "--inner", "interval", "--device", "cpu"]
+    assert run("harden", *words, "--out", str(tmp_path), "--json") == 0
+    zipped = json.loads(capfd.readouterr().out)["policy"]
+    assert run("check", "--policy", f"sb3:{zipped}", "--env", "CartPole-v1") == 0
+    assert "nothing found" in capfd.readouterr().err
+    assert run("harden", *words, "--out", str(tmp_path), "--method", "magic") == 2
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("words", "code", "message"),

@@ -1,5 +1,5 @@
 """Training policies against attackers of their observations."""
 
-from rl_robust.adversarial.sa_ppo import SAPPO, StateAdversarialRegulariser
+from rl_robust.adversarial.sa_ppo import SAPPO, StateAdversarialRegulariser, train_sa_ppo
 
-__all__ = ["SAPPO", "StateAdversarialRegulariser"]
+__all__ = ["SAPPO", "StateAdversarialRegulariser", "train_sa_ppo"]

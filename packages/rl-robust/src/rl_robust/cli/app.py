@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from rl_robust.cli.words import ATTACKS, check
+from rl_robust.cli.words import ATTACKS, HARDEN, INNER, check
 from robust_core.cli import console
+from robust_core.words import check_word
 
 if TYPE_CHECKING:
     from rl_robust.evaluation import PolicyReport
@@ -226,3 +227,50 @@ def look_over(
             console.info(line)
     if not found.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def harden(
+    env: Env,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for policy.zip, for SB3 and for --policy sb3:…")],
+    method: Annotated[str, typer.Option(help=f"One of: {', '.join(HARDEN)}.")] = "sa-ppo",
+    eps: Annotated[str, typer.Option("--eps", help="Radius of the ball in which the policy shall act alike.")] = "0.05",
+    norm: Norm = "linf",
+    kappa: Annotated[float, typer.Option(min=0, help="Weight of acting alike.")] = 0.3,
+    inner: Annotated[str, typer.Option(help=f"How the worst in the ball is found: {', '.join(INNER)}.")] = "sgld",
+    ramp: Annotated[float, typer.Option(min=0, max=1, help="Share of training over which the ball grows.")] = 0.5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in the environment.")] = 100_000,
+    env_set: EnvSet = None,
+    max_steps: MaxSteps = None,
+    scale: Scale = 1.0,
+    frames: Frames = 1,
+    seed: Seed = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Train a policy that acts alike on all observations in a ball; then attack it with the same --env and --frames."""
+    check(eps=[eps], norm=norm, out=out, positive={"scale": scale})
+    check_word("--method", method, HARDEN)
+    check_word("--inner", inner, INNER)
+    from rl_robust.adversarial import StateAdversarialRegulariser, train_sa_ppo
+    from rl_robust.cli.setting import task_of
+    from robust_core.device import choose_device
+    from robust_core.threats import parse_threat
+
+    task = task_of(env, env_set or (), max_steps=max_steps, scale=scale, normaliser=None, frames=frames, layout="stack")
+    threat = parse_threat(norm, eps, domain=task.domain)
+    term = StateAdversarialRegulariser(threat, kappa, inner=cast("Any", inner), ramp=ramp, generator=seed)
+    with console.progress() as report:
+        model = train_sa_ppo(task, term, steps, generator=seed, device=str(choose_device(device)), on_step=report)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "policy.zip"
+    model.save(file)
+    if json:
+        about = {"schema": "robust.hardened/1", "method": method, "threat": str(threat), "kappa": kappa, "inner": inner}
+        console.emit_json(
+            {**about, "steps": steps, "seed": seed, "policy": str(out / "policy.zip"), "command": _command()}
+        )
+    else:
+        console.info(
+            f"policy: {out / 'policy.zip'}; next: robust rl attack --policy sb3:{out / 'policy.zip'} --env {env}"
+        )

@@ -10,9 +10,11 @@ from pathlib import Path
 from robust_core.errors import ResourceError
 from robust_core.words import check_module, check_norm, check_word, parse_eps, parse_spec
 
-__all__ = ["ATTACKS", "PER", "check", "split_policy"]
+__all__ = ["ATTACKS", "HARDEN", "INNER", "PER", "check", "split_policy"]
 
 ATTACKS = ("random", "critic", "mad", "sarsa", "sarsa+mad", "pgd", "offset")
+HARDEN = ("sa-ppo",)
+INNER = ("sgld", "pgd", "interval")
 PER = ("step", "episode")
 
 
