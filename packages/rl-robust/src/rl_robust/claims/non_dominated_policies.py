@@ -11,10 +11,10 @@ What it found, beyond the paper: "no gap" must be said of *mixtures* of attacker
 episode to the next. Sets that hold a best answer to every single attacker still lose against a player of the best
 compromise (second statement, the negative control).
 
-The statement on changing attackers meets the cost of learning. On a held-out seed (1000) the best single policy of the set brings
-3.48 against the minimax policy's 3.38, uniform play 3.04, the bandit 3.23 (3.31 if told the exact range of returns,
-3.35 with ``scale=5`` as well): with nine arms and 2000 episodes, learning costs more than there is to gain over a
-minimax policy that is nearly as good as the best of the set.
+The statement on changing attackers meets the cost of learning. On a held-out seed (1000) the best single policy of the
+set brings 3.48 against the minimax policy's 3.38, uniform play 3.04, the bandit 3.23 (3.31 if told the exact range of
+returns, 3.35 with ``scale=5`` as well): with nine arms and 2000 episodes, learning costs more than there is to gain
+over a minimax policy that is nearly as good as the best of the set.
 """
 
 from __future__ import annotations
