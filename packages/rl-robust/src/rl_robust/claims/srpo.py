@@ -14,7 +14,7 @@ Sizes were chosen by time, on other seeds, and beta of the repair after one such
 Found over three seeds (few: wide intervals): the exact world holds to 1e-7. The language model moves less than DPO's;
 against IPO's it is inconclusive (one seed far less, two alike). Revisions made answers *worse* in every seed, by 7 to
 30 points, and DPO's and IPO's too. Why is not known: that the reviser was stopped early, or that probability
-flowed to answers that the data never show, are guesses that were not tested. The optimum itself was not at fault (gates).
+flowed to answers that the data never show, are guesses that were not tested. The gates rule out the exact optimum.
 """
 
 from __future__ import annotations
