@@ -63,7 +63,8 @@ STATEMENTS: tuple[Statement, ...] = (
         reason=_CURVES,
     ),
     Statement(
-        text="Under the worst attack found with a budget of 0.4, the smoothed policy keeps more than an undefended one.",
+        text="Under the worst attack found with a budget of 0.4, the smoothed policy keeps more than an undefended "
+        "one.",
         metric="least mean return over the attacks at eps 0.4, against that of the policy trained and played without "
         "noise",
         figure="attacked",
