@@ -8,10 +8,10 @@ the paper's DQN recipe of 500,000 steps. Hyper-parameters of PPO were chosen on 
 
 The paper shows curves, no table: the margins here are fixed in advance.
 
-Found over three seeds: the certificate is large (195 of 200 steps at a budget of 0.2), noise in training is what makes
-it so, and no attack comes near it. What fails is the comparison under attack: PPO without noise also keeps all 200 steps
-under every attack tried at a budget of 0.4, so that there is nothing to gain. A weak attack proves nothing about it; its
-certificate, played with the noise, is 65 to 103.
+Found over three seeds: the certificate is large (195 of 200 steps at a budget of 0.2), noise in training is what
+makes it so, and no attack comes near it. What fails is the comparison under attack: PPO without noise also keeps all
+200 steps under every attack tried at a budget of 0.4, so that there is nothing to gain. A weak attack proves nothing
+about it; its certificate, played with the noise, is 65 to 103.
 """
 
 from __future__ import annotations
