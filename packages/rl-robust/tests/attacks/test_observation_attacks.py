@@ -13,6 +13,7 @@ from rl_robust.observation import Budget, EpisodeBudget, StepBudget, View
 from rl_robust.policy import CallablePolicy, NetworkPolicy
 from rl_robust.rollout import collect
 from rl_robust.task import Task
+from robust_core.random import reseeded
 from robust_core.threats import L2, Linf
 
 TASK = Task("CartPole-v1", max_steps=100)
@@ -24,6 +25,11 @@ def linear(weight: Tensor, bias: Tensor | None = None, **kwargs: object) -> Netw
         net.weight.copy_(weight)
         net.bias.copy_(torch.zeros(len(weight)) if bias is None else bias)
     return NetworkPolicy(net, spaces.Discrete(len(weight)), **kwargs)  # pyright: ignore[reportArgumentType]
+
+
+def seeded_linear(inputs: int, outputs: int) -> nn.Linear:
+    with reseeded(1):
+        return nn.Linear(inputs, outputs)
 
 
 def view_of(policy: NetworkPolicy, obs: Tensor, budget: Budget, *, sigma: float = 0.0, spent: float = 0.0) -> View:
@@ -38,8 +44,8 @@ def view_of(policy: NetworkPolicy, obs: Tensor, budget: Budget, *, sigma: float 
 @pytest.mark.quick
 def test_the_critic_attack_reaches_the_least_value_of_a_linear_critic() -> None:
     obs = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
-    critic = nn.Linear(4, 1)
-    policy = linear(torch.randn(2, 4), value=critic)
+    critic = seeded_linear(4, 1)
+    policy = linear(torch.ones(2, 4), value=critic)
     for threat in (Linf(0.3, domain=None), L2(0.3, domain=None)):
         seen = CriticAttack(StepBudget(threat), n_iter=20).perturb(view_of(policy, obs, StepBudget(threat)))
         drop = (policy.value(obs) - policy.value(seen)).detach()
@@ -50,7 +56,7 @@ def test_the_critic_attack_reaches_the_least_value_of_a_linear_critic() -> None:
 
 def test_the_action_moves_as_far_as_a_linear_mean_can() -> None:
     obs = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    net = nn.Linear(3, 1)
+    net = seeded_linear(3, 1)
     policy = NetworkPolicy(net, spaces.Box(-100, 100, (1,)))
     budget = StepBudget(Linf(0.2, domain=None))
     seen = MaximalActionDifference(budget, n_iter=20).perturb(view_of(policy, obs, budget))
@@ -124,8 +130,8 @@ def test_episode_attacks_do_more_harm_than_noise_of_the_same_length() -> None:
 def test_smoothing_noise_is_averaged_over() -> None:
     """Under noise the attacker sees the mean of the values: with a linear critic nothing changes but the draws."""
     obs = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-    critic = nn.Linear(4, 1)
-    policy = linear(torch.randn(2, 4), value=critic)
+    critic = seeded_linear(4, 1)
+    policy = linear(torch.ones(2, 4), value=critic)
     budget = StepBudget(L2(0.3, domain=None))
     seen = CriticAttack(budget, n_iter=20, n_smoothing=3).perturb(view_of(policy, obs, budget, sigma=0.5))
     drop = (policy.value(obs) - policy.value(seen)).detach()

@@ -101,12 +101,16 @@ def test_skewed_data_give_the_constrained_optimum() -> None:
     policy = fit_lipschitz_policy(x, x @ gain.T, lipschitz=1.0, solver="linear")
     found = float((policy(x) - x @ gain.T).square().sum())
     assert found > 0.1
+
+    def misfit(k: np.ndarray) -> float:
+        return float((x @ wide(k).reshape(2, 2).T - x @ gain.T).square().sum())
+
     best = optimize.minimize(
-        lambda k: float((x @ wide(k).reshape(2, 2).T - x @ gain.T).square().sum()),
-        np.zeros(4), method="SLSQP", options={"maxiter": 500, "ftol": 1e-12},
+        misfit, np.zeros(4), method="SLSQP", options={"maxiter": 500, "ftol": 1e-12},
         constraints={"type": "ineq", "fun": lambda k: 1 - np.linalg.norm(k.reshape(2, 2), 2)},
     )  # fmt: skip
-    assert found <= best.fun * (1 + 1e-6)
+    feasible = best.x / max(1.0, float(np.linalg.norm(best.x.reshape(2, 2), 2)))  # its constraint may be overstepped
+    assert found <= misfit(feasible) * (1 + 1e-6)
 
 
 def test_a_gain_beyond_the_bound_is_refused() -> None:

@@ -104,7 +104,7 @@ def test_the_shell_trains_on_small_boxes(tmp_path: Path, capsys: pytest.CaptureF
         "--n",
         "100",
         "--epochs",
-        "3",
+        "8",
         "--eps",
         "0.02",
         "--batch-size",
