@@ -222,7 +222,6 @@ def test_bad_settings_are_refused(wrong: dict[str, float]) -> None:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.quick
 def test_the_six_rows_hold_condition_and_target_in_their_places(tokenizer: Any) -> None:
     data = preference_data([{"prompt": "1+2", "chosen": "3", "rejected": "abc"}], tokenizer, templates=TEMPLATES)
     batch = data.batch(torch.tensor([0]))
