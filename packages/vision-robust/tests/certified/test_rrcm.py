@@ -475,7 +475,10 @@ state = {**model.state_dict(), **{f"o.{k}": v for k, v in objective.state_dict()
 path = Path(sys.argv[1], f"{'alone' if alone else rank}.json")
 path.write_text(json.dumps({k: v.tolist() for k, v in state.items()}))
 if not alone:
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # threads of gloo may outlive the group, and abort an interpreter that is taken down around them
 """
 
 
