@@ -214,3 +214,27 @@ def test_the_episode_budget_is_never_overdrawn(eps: float) -> None:
         spent = budget.account(seen, obs, spent)
     assert bool((total.sqrt() <= eps).all())
     torch.testing.assert_close(spent, total.sqrt())
+
+
+@dataclass(frozen=True, repr=False)
+class Learned(Greedy):
+    """An attack with weights, which its ``repr`` does not show."""
+
+    net: nn.Module
+
+    def perturb(self, view: View) -> Tensor:
+        return self.net(view.obs)
+
+
+def test_finished_blocks_are_known_by_weights_and_statistics(tmp_path: Path) -> None:
+    nets = [nn.Linear(2, 2) for _ in range(2)]
+    with torch.no_grad():
+        for scale, net in enumerate(nets):
+            net.weight.copy_(torch.eye(2))
+            net.bias.fill_(float(scale))
+    attacks = [Learned(EpisodeBudget(3.0), net) for net in nets]
+    runs = [collect(linear(), Task(Corridor), 20, attack=attack, checkpoint=tmp_path) for attack in attacks]
+    assert runs[0].spent.max() == 0
+    assert runs[1].spent.max() > 1
+    with pytest.raises(ValueError, match="no weights"):
+        collect(lambda obs: np.zeros(len(obs), np.int64), Task(Corridor), 5, checkpoint=tmp_path)

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from torch import Tensor
+from torch import Tensor, nn
 
 from rl_robust.ahead import NoiseAhead
 from rl_robust.observation import ObservationAttack, View
@@ -39,7 +39,7 @@ from rl_robust.task import Task
 from robust_core.checks import check_count, check_number
 from robust_core.execution import ShardError, run_shards
 from robust_core.io import load_weights, save_tensors
-from robust_core.models import frozen, model_device, padded
+from robust_core.models import fingerprint, frozen, model_device, padded
 from robust_core.random import SampleStreams, Seed, derive, resolve_seed
 
 __all__ = ["LANES", "ObservationAttack", "ReturnSample", "Trace", "View", "collect"]
@@ -102,6 +102,11 @@ def collect(
     if policy.action_space != probe.action_space:
         raise ValueError(f"the policy acts in {policy.action_space}, {task.name} in {probe.action_space}")
     probe.close()
+    if checkpoint is not None and not isinstance(policy, nn.Module):
+        raise ValueError(
+            f"checkpoint: a {type(policy).__name__} has no weights by which its finished blocks could be told from those "
+            "of another policy; leave checkpoint out, or wrap it in an nn.Module"
+        )
     plain = not trace and not render
     vector = plain and _has_vector(task)
     size = LANES if vector else max(1, min(BLOCK, -(-n_episodes // workers))) if backend != "here" else BLOCK
@@ -185,11 +190,26 @@ def _block(
 
 
 def _mark(policy: Policy, task: Task, attack: Any, sigma: float, stochastic: bool, seed: int) -> str:
-    from robust_core.models import fingerprint
+    parts = (_known(policy), _known(task), _known(attack), repr(sigma), str(stochastic), str(seed))
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
-    digest = hashlib.sha256(f"{task!r}|{attack!r}|{sigma!r}|{stochastic}|{seed}".encode())
-    digest.update(fingerprint(policy).encode())  # pyright: ignore[reportArgumentType]
-    return digest.hexdigest()[:16]
+
+def _known(value: Any) -> str:
+    """Return what names a value by its contents: weights and statistics count, which ``repr`` leaves out or cuts."""
+    if isinstance(value, nn.Module):
+        return fingerprint(value)
+    if isinstance(value, Tensor):
+        return hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    if is_dataclass(value) and not isinstance(value, type):
+        inner = (f"{f.name}={_known(getattr(value, f.name))}" for f in fields(value))
+        return f"{type(value).__qualname__}({','.join(inner)})"
+    if isinstance(value, tuple | list):
+        return f"[{','.join(map(_known, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{k}:{_known(v)}' for k, v in value.items())}}}"
+    if hasattr(value, "__dict__") and not callable(value) and not isinstance(value, gym.Space):
+        return f"{type(value).__qualname__}{_known(vars(value))}"
+    return repr(value)
 
 
 class _Player:
