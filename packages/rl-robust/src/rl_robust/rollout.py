@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -102,10 +102,11 @@ def collect(
     if policy.action_space != probe.action_space:
         raise ValueError(f"the policy acts in {policy.action_space}, {task.name} in {probe.action_space}")
     probe.close()
-    if checkpoint is not None and not isinstance(policy, nn.Module):
+    weights = isinstance(cast("Any", policy), nn.Module)
+    if checkpoint is not None and not weights:
         raise ValueError(
-            f"checkpoint: a {type(policy).__name__} has no weights by which its finished blocks could be told from those "
-            "of another policy; leave checkpoint out, or wrap it in an nn.Module"
+            f"checkpoint: a {type(policy).__name__} has no weights by which its finished blocks could be told from "
+            "those of another policy; leave checkpoint out, or wrap it in an nn.Module"
         )
     plain = not trace and not render
     vector = plain and _has_vector(task)
