@@ -10,6 +10,7 @@ __all__ = [
     "CertificationError",
     "CheckpointError",
     "DataMissingError",
+    "MalformedFileError",
     "MissingExtraError",
     "NotDifferentiableError",
     "ResourceError",
@@ -51,6 +52,10 @@ class BudgetExceededError(RobustError):
 
 class UntrustedFileError(RobustError):
     """A file would run code, or claims sizes that its length denies; it was not loaded."""
+
+
+class MalformedFileError(RobustError):
+    """A file of data breaks its format; the message names the file, and the line where there are lines."""
 
 
 class ResourceError(RobustError):
