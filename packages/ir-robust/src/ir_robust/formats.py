@@ -105,7 +105,7 @@ def read_run(path: PathLike) -> Run:
         if len(columns) != 6:
             raise MalformedFileError(f"{where}: {len(columns)} columns; 'qid Q0 docno rank score tag' is needed")
         qid, _, docno, rank_text, score_text, _ = columns
-        rank, score = _number(rank_text, int, where, "rank"), _number(score_text, float, where, "score")
+        rank, score = int(_number(rank_text, int, where, "rank")), _number(score_text, float, where, "score")
         before = last.get(qid)
         if before is not None and (rank - before[0]) * (before[1] - score) < 0:
             raise MalformedFileError(
@@ -147,7 +147,7 @@ def read_qrels(path: PathLike) -> Qrels:
         if len(columns) not in (3, 4):
             raise MalformedFileError(f"{where}: {len(columns)} columns; 'qid 0 docno grade' is needed")
         qid, docno, grade = columns[0], columns[-2], columns[-1]
-        value = _number(grade, int, where, "grade")
+        value = int(_number(grade, int, where, "grade"))
         _put(qrels.setdefault(qid, {}), docno, value, where, f"query {qid!r}: document")
     if not qrels:
         raise MalformedFileError(f"{path}: holds no judgement; 'qid 0 docno grade' is needed")
