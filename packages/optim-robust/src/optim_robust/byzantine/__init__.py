@@ -1,0 +1,1 @@
+"""Aggregation of vectors of which some may be wrong: rules, attacks, what can be proved."""

@@ -1,0 +1,1 @@
+"""Two-stage robust problems: the representation, exact and classical methods."""
