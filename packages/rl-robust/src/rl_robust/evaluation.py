@@ -184,7 +184,7 @@ def evaluate(
         "model": name or type(policy).__name__,
         "model_sha256": fingerprint(victim),  # pyright: ignore[reportArgumentType]
         "data": task.name,
-        "data_sha256": hashlib.sha256(_identity(task).encode()).hexdigest(),
+        "data_sha256": hashlib.sha256(task.identity.encode()).hexdigest(),
         "n": n_episodes,
         "seed": seed,
         "device": str(model_device(victim) or "cpu"),  # pyright: ignore[reportArgumentType]
@@ -194,7 +194,7 @@ def evaluate(
         "versions": versions(),
         "command": command,
         "details": {
-            "task": _identity(task),
+            "task": task.identity,
             "sigma": sigma,
             "attacks": {label: repr(attack) for label, attack in chosen.items()},
             "certificate": None if certificate is None else certificate.about,
@@ -285,11 +285,3 @@ def _flags(samples: Mapping[str, ReturnSample], attacks: Mapping[str, Observatio
     if clean.returns.std() == 0 and len(clean) > 1 and clean.lengths.std() == 0:
         flags.append("every clean episode brought the same return: do the environment's seeds have any effect?")
     return flags
-
-
-def _identity(task: Task) -> str:
-    normaliser = "none" if task.normaliser is None else task.normaliser.sha256[:16]
-    return (
-        f"{task.name} {dict(task.kwargs)} max_steps={task.max_steps} scale={task.scale:g} normaliser={normaliser} "
-        f"n_frames={task.n_frames} {task.layout} discount={task.discount:g}"
-    )

@@ -119,6 +119,15 @@ class Task:
         """How reports call it."""
         return self.env if isinstance(self.env, str) else getattr(self.env, "__qualname__", type(self.env).__name__)
 
+    @property
+    def identity(self) -> str:
+        """All that makes it this task, in one line: for reports and checkpoints."""
+        normaliser = "none" if self.normaliser is None else self.normaliser.sha256[:16]
+        return (
+            f"{self.name} {dict(self.kwargs)} max_steps={self.max_steps} scale={self.scale:g} normaliser={normaliser} "
+            f"n_frames={self.n_frames} {self.layout} discount={self.discount:g}"
+        )
+
     def make(self, **more: Any) -> gym.Env:
         """Return a fresh environment.
 

@@ -10,11 +10,10 @@ from gymnasium import spaces
 from stable_baselines3 import PPO
 from torch import Tensor, nn
 
-from rl_robust.adversarial import SAPPO, StateAdversarialRegulariser, train_sa_ppo
+from rl_robust.adversarial import SAPPO, StateAdversarialRegulariser
 from rl_robust.adversarial.sa_ppo import bounded_difference, difference
 from rl_robust.policy import CallablePolicy, NetworkPolicy
 from rl_robust.sb3 import SB3Policy
-from rl_robust.task import Normaliser, Task
 from robust_core.certificates.bounds import IntervalBounds
 from robust_core.random import reseeded
 from robust_core.threats import L2, Linf
@@ -152,24 +151,6 @@ def test_a_saved_model_goes_on_and_its_policy_is_an_ordinary_one(tmp_path: Path)
     assert again.regulariser.ramp == 0.5
     with reseeded(0):
         again.learn(64)
-
-
-def test_training_repeats_itself_and_tells_how_far_it_is() -> None:
-    told: list[int] = []
-    settings = {"n_steps": 32, "batch_size": 32, "n_epochs": 1}
-    before = torch.get_rng_state()
-    one, two = (
-        train_sa_ppo(Task("CartPole-v1", n_frames=2), StateAdversarialRegulariser(BALL), 64, settings=settings,
-                     generator=5, on_step=lambda _, done, total: told.append(done))
-        for _ in range(2)
-    )  # fmt: skip
-    assert told == [32, 64, 32, 64]
-    assert torch.equal(torch.get_rng_state(), before)
-    for p, q in zip(one.policy.parameters(), two.policy.parameters(), strict=True):
-        assert torch.equal(p, q)
-    flat = torch.ones(4, dtype=torch.float64)
-    with pytest.raises(ValueError, match="normaliser"):
-        train_sa_ppo(Task("CartPole-v1", normaliser=Normaliser(flat, flat)), StateAdversarialRegulariser(BALL), 64)
 
 
 def test_what_is_wrong_is_named() -> None:

@@ -11,14 +11,15 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
+from rl_robust.adversarial import StateAdversarialRegulariser, train_policy
+from rl_robust.adversarial.ppo import blank_policy
 from rl_robust.attacks import RandomNoise
 from rl_robust.attacks.learned import train_adversary
 from rl_robust.bandits import Exp3IX
 from rl_robust.claims import non_dominated_policies
 from rl_robust.nondominated import AdaptivePolicy, PayoffMatrix, PolicySet, adapt, flip, replay
-from rl_robust.nondominated.discovery import blank_policy, discover_policies, train_policy
+from rl_robust.nondominated.discovery import discover_policies
 from rl_robust.nondominated.recipes import RECIPES
-from rl_robust.nondominated.smooth import SmoothPolicy
 from rl_robust.nondominated.tabular import random_game
 from rl_robust.observation import StepBudget
 from rl_robust.policy import NetworkPolicy
@@ -130,34 +131,11 @@ def test_adaptive_play_online_is_the_replay_and_arms_are_fixed_within_an_episode
     assert adaptive.regret_bound(10, gap=0.5) == pytest.approx(5 + adaptive.bandit.regret_bound(10))
 
 
-def test_the_regulariser_climbs_inside_the_ball_and_enters_the_loss() -> None:
-    space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
-    act = spaces.Box(-1.0, 1.0, (1,), np.float32)
-    torch.manual_seed(0)
-    policy = SmoothPolicy(space, act, lambda _: 1e-3, kappa=2.0, smooth_eps=0.1, entropy_weight=0.5, net_arch=[])
-    with torch.no_grad():
-        policy.get_parameter("action_net.weight").copy_(torch.tensor([[1.0, -2.0, 3.0]]))
-        policy.get_parameter("log_std").fill_(0.0)
-    obs = torch.randn(50, 3)
-    penalty = policy.penalty(obs).detach()
-    assert float(penalty.amax()) <= (0.1 * 6) ** 2 * (1 + 1e-5), "the ball"
-    assert float(penalty.amax()) == pytest.approx(0.36, rel=1e-3), "the ascent reaches the corner from good starts"
-    assert float(penalty.median()) > 0.2
-    torch.manual_seed(4)
-    again = policy.penalty(obs).detach()
-    torch.manual_seed(4)
-    entropy = policy.evaluate_actions(obs, torch.zeros(50, 1))[2]
-    assert entropy is not None
-    plain = 0.5 * (0.5 + 0.5 * np.log(2 * np.pi))
-    assert entropy.detach().numpy() == pytest.approx(plain - 2.0 * again.numpy(), rel=1e-4, abs=1e-6)
-    discrete = SmoothPolicy(space, spaces.Discrete(2), lambda _: 1e-3, kappa=1.0, smooth_eps=0.1)
-    assert bool((discrete.penalty(obs) >= -1e-6).all())
-
-
 def test_discovery_runs_stops_and_goes_on_where_it_was(tmp_path: Path) -> None:
     task = Task("InvertedPendulum-v5", max_steps=20)
     before = torch.get_rng_state()
-    first, task = train_policy(task, n_steps=64, n_envs=2, settings=TINY, kappa=0.1, eps=0.1)
+    term = StateAdversarialRegulariser(ball(0.1).threat, 0.1, ramp=0.5)
+    first, task = train_policy(task, term, n_steps=64, n_envs=2, settings=TINY)
     assert task.normaliser is not None
     asked: dict[str, Any] = {
         "budget": ball(0.1), "n_updates": 2, "n_episodes": 2, "n_envs": 2, "kappa": 0.1, "victim_settings": TINY,
@@ -191,9 +169,8 @@ def test_the_papers_recipes_run(name: str, tmp_path: Path, monkeypatch: pytest.M
     recipe = RECIPES[name]
     short = replace(recipe.task, max_steps=20)
     small = {"n_steps": 8, "batch_size": 8, "n_epochs": 1}
-    first, task = train_policy(
-        short, n_steps=16, n_envs=1, settings={**recipe.victim, **small}, kappa=recipe.kappa, eps=recipe.eps
-    )
+    term = StateAdversarialRegulariser(ball(recipe.eps).threat, recipe.kappa, ramp=0.5)
+    first, task = train_policy(short, term, n_steps=16, n_envs=1, settings={**recipe.victim, **small})
     found = discover_policies(
         task, first, budget=ball(recipe.eps), n_policies=2, delta=-1e9, n_updates=2, n_episodes=1, n_envs=1,
         kappa=recipe.kappa, victim_settings={**recipe.victim, **small},

@@ -1,5 +1,6 @@
 """Training policies against attackers of their observations."""
 
-from rl_robust.adversarial.sa_ppo import SAPPO, StateAdversarialRegulariser, train_sa_ppo
+from rl_robust.adversarial.ppo import train_policy
+from rl_robust.adversarial.sa_ppo import SAPPO, StateAdversarialRegulariser
 
-__all__ = ["SAPPO", "StateAdversarialRegulariser", "train_sa_ppo"]
+__all__ = ["SAPPO", "StateAdversarialRegulariser", "train_policy"]

@@ -26,28 +26,24 @@ In a loop of one's own, with any module behind :class:`rl_robust.policy.NetworkP
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from gymnasium import spaces
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
 
 from rl_robust.attacks.gradient import action_difference
 from rl_robust.policy import NetworkPolicy, require
 from rl_robust.sb3 import SB3Policy
-from rl_robust.task import Task
-from rl_robust.train_smoothed import training_env
 from robust_core.certificates.bounds import IntervalBounds
 from robust_core.checks import check_choice, check_count, check_number
 from robust_core.models import frozen
-from robust_core.random import SampleStreams, Seed, derive, reseeded, resolve_seed
+from robust_core.random import SampleStreams, Seed
 from robust_core.threats import Threat
 from robust_core.training import Batch, Loss, RandomObjective
 
-__all__ = ["SAPPO", "StateAdversarialRegulariser", "bounded_difference", "difference", "train_sa_ppo"]
+__all__ = ["SAPPO", "StateAdversarialRegulariser", "bounded_difference", "difference"]
 
 INNER = ("sgld", "pgd", "interval")
 
@@ -108,6 +104,11 @@ class StateAdversarialRegulariser(RandomObjective):
         self.inner = check_choice("inner", inner, INNER)
         self.n_iter = check_count("n_iter", n_iter)
         self.ramp = check_number("ramp", ramp, low=0, high=1)
+
+    @property
+    def identity(self) -> str:
+        """All that makes it this term, in one line: for checkpoints."""
+        return f"{self.threat!r} kappa={self.kappa:g} {self.inner} {self.n_iter} ramp={self.ramp:g} seed={self.seed}"
 
     def reach(self, batch: Batch) -> Threat:
         """Return the ball at this point of training."""
@@ -192,11 +193,13 @@ class SAPPO(PPO):
 
     Args:
         args, kwargs: of ``stable_baselines3.PPO``.
-        regulariser: of the policy; its ramp follows the progress of ``learn()``.
+        regulariser: of the policy; its ramp follows the progress of ``learn()``, or :attr:`share` where that is set: in
+            a loop of many calls, each of which SB3 takes for the whole training.
     """
 
     def __init__(self, *args: Any, regulariser: StateAdversarialRegulariser | None = None, **kwargs: Any) -> None:
         self.regulariser = regulariser  # None only while a saved model is loaded, which brings its own
+        self.share: float | None = None
         super().__init__(*args, **kwargs)
 
     def train(self) -> None:
@@ -205,7 +208,8 @@ class SAPPO(PPO):
             raise ValueError("regulariser=None: give StateAdversarialRegulariser(...), or use PPO")
         regulariser = self.regulariser.to(self.device)
         policy, victim, terms = self.policy, SB3Policy(self.policy), []
-        evaluate, share = policy.evaluate_actions, 1.0 - self._current_progress_remaining
+        evaluate = policy.evaluate_actions
+        share = 1.0 - self._current_progress_remaining if self.share is None else self.share
 
         def joined(obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             values, log_prob, entropy = evaluate(obs, actions)  # pyright: ignore[reportArgumentType]
@@ -219,55 +223,3 @@ class SAPPO(PPO):
         finally:
             del policy.evaluate_actions
         self.logger.record("train/state_adversary", float(torch.stack(terms).mean()))
-
-
-def train_sa_ppo(
-    task: Task,
-    regulariser: StateAdversarialRegulariser,
-    n_steps: int,
-    *,
-    settings: Mapping[str, Any] | None = None,
-    generator: Seed = None,
-    device: str = "cpu",
-    on_step: Callable[[str, int, int], None] | None = None,
-) -> SAPPO:
-    """Train a small network from scratch on a task of vectors; for pixels and vector environments use :class:`SAPPO`.
-
-    Args:
-        task: the environment, with its scale and frames; no normaliser.
-        regulariser: the ball covers all frames that the policy is shown.
-        n_steps: environment steps.
-        settings: of PPO, such as ``{"learning_rate": 1e-3}``.
-        generator: seed.
-        device: where to train.
-        on_step: called with (``"training"``, steps done, steps in all).
-
-    Raises:
-        ValueError: a task of pixels, or one with a normaliser.
-    """
-    check_count("n_steps", n_steps)
-    seed = resolve_seed(generator)
-    with reseeded(derive(seed, "training")):
-        env = training_env(task, 0.0, derive(seed, "env"))
-        try:
-            if len(env.observation_space.shape or ()) > 2:
-                raise ValueError(f"{task.name} shows {env.observation_space}: use SAPPO('CnnPolicy', ...) for pixels")
-            model = SAPPO("MlpPolicy", env, regulariser=regulariser, seed=seed & 0x7FFFFFFF, device=device,
-                          **dict(settings or {}))  # fmt: skip
-            return model.learn(n_steps, callback=None if on_step is None else _Told(on_step, n_steps))
-        finally:
-            env.close()
-
-
-class _Told(BaseCallback):
-    """Tells of every rollout."""
-
-    def __init__(self, on_step: Callable[[str, int, int], None], total: int) -> None:
-        super().__init__()
-        self.told, self.total = on_step, total
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_rollout_end(self) -> None:
-        self.told("training", min(self.num_timesteps, self.total), self.total)

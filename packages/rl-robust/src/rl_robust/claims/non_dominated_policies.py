@@ -24,11 +24,12 @@ from functools import partial
 
 import numpy as np
 
+from rl_robust.adversarial import StateAdversarialRegulariser, train_policy
 from rl_robust.attacks import RandomNoise
 from rl_robust.attacks.learned import train_adversary
 from rl_robust.bandits import Exp3IX
 from rl_robust.nondominated import PolicySet, replay, tabular
-from rl_robust.nondominated.discovery import discover_policies, train_policy
+from rl_robust.nondominated.discovery import discover_policies
 from rl_robust.nondominated.recipes import RECIPES
 from rl_robust.observation import ObservationAttack, StepBudget
 from robust_core.claim import Figures, Gate, Scale, Statement
@@ -210,7 +211,8 @@ def _control(seed: int) -> Figures:
     budget, steps = StepBudget(Linf(recipe.eps, domain=None)), recipe.n_updates * UPDATE
     train = partial(train_policy, n_steps=steps, n_envs=1, settings=recipe.victim)
     first, task = train(recipe.task, generator=derive(seed, "natural"))
-    robust, _ = train(task, kappa=recipe.kappa, eps=recipe.eps, generator=derive(seed, "robust"))
+    term = StateAdversarialRegulariser(budget.threat, recipe.kappa, ramp=0.5, generator=derive(seed, "term"))
+    robust, _ = train(task, term, generator=derive(seed, "robust"))
     found = discover_policies(
         task, first, budget=budget, n_updates=recipe.n_updates, ramp=recipe.ramp, n_envs=1, kappa=recipe.kappa,
         victim_settings=recipe.victim, attacker_settings=recipe.attacker, generator=derive(seed, "discovery"),

@@ -252,7 +252,7 @@ def harden(
     check(eps=[eps], norm=norm, out=out, positive={"scale": scale})
     check_word("--method", method, HARDEN)
     check_word("--inner", inner, INNER)
-    from rl_robust.adversarial import StateAdversarialRegulariser, train_sa_ppo
+    from rl_robust.adversarial import StateAdversarialRegulariser, train_policy
     from rl_robust.cli.setting import task_of
     from robust_core.device import choose_device
     from robust_core.threats import parse_threat
@@ -260,11 +260,10 @@ def harden(
     task = task_of(env, env_set or (), max_steps=max_steps, scale=scale, normaliser=None, frames=frames, layout="stack")
     threat = parse_threat(norm, eps, domain=task.domain)
     term = StateAdversarialRegulariser(threat, kappa, inner=cast("Any", inner), ramp=ramp, generator=seed)
-    with console.progress() as report:
-        model = train_sa_ppo(task, term, steps, generator=seed, device=str(choose_device(device)), on_step=report)
     out.mkdir(parents=True, exist_ok=True)
-    file = out / "policy.zip"
-    model.save(file)
+    with console.progress() as report:
+        train_policy(task, term, n_steps=steps, normalise=False, generator=seed, device=str(choose_device(device)),
+                     file=out / "policy.zip", on_step=report)  # fmt: skip
     if json:
         about = {"schema": "robust.hardened/1", "method": method, "threat": str(threat), "kappa": kappa, "inner": inner}
         console.emit_json(

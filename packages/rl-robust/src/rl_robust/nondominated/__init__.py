@@ -6,14 +6,14 @@ episode by its returns.
 
 =================================  ====================================================================================
 :mod:`.tabular`                    small games exactly: pay-off by enumeration, gap, discovery, mixtures
-:mod:`.discovery`                  ``discover_policies``: PPO victim and attacker in turns; ``train_policy``: the first
+:mod:`.discovery`                  ``discover_policies``: PPO victim and attacker in turns
 :mod:`.sets`                       ``PolicySet``, ``PayoffMatrix``
 :mod:`.adaptive`                   ``AdaptivePolicy``, ``adapt``, ``replay``; how regret is bounded
-:mod:`.smooth`                     SA-PPO's regulariser in stable-baselines3
 :mod:`.recipes`                    the paper's settings for MuJoCo
 =================================  ====================================================================================
 
-The bandit is :class:`rl_robust.bandits.Exp3IX`; the attackers are in :mod:`rl_robust.attacks`.
+The bandit is :class:`rl_robust.bandits.Exp3IX`; the attackers are in :mod:`rl_robust.attacks`; the first policy comes
+from :func:`rl_robust.adversarial.train_policy`.
 """
 
 from rl_robust.nondominated.adaptive import Adaptation, AdaptivePolicy, adapt, flip, replay
