@@ -70,10 +70,18 @@ def _short(task: Task) -> Task:
     return replace(task, kwargs={**task.kwargs, "max_steps": 6})
 
 
+def test_training_shows_what_the_engine_shows() -> None:
+    """Scale, frozen statistics and frames stand where they stand when the policy is measured; noise comes on top."""
+    frozen = Normaliser(torch.full((4,), 0.01), torch.full((4,), 0.3))
+    task = Task("CartPole-v1", scale=0.5, normaliser=frozen, n_frames=2)
+    env = training_env(task, 0.0, 0)
+    obs, _ = env.reset(seed=3)
+    raw = task.make().reset(seed=3)[0]
+    assert np.array_equal(obs, np.stack([task.observe(raw[None])[0].numpy()] * 2))
+    assert not np.array_equal(training_env(task, 0.1, 0).reset(seed=3)[0], obs)
+
+
 def test_what_cannot_be_trained_is_named() -> None:
-    frozen = Normaliser(torch.zeros(4), torch.ones(4))
-    with pytest.raises(ValueError, match="normaliser"):
-        training_env(Task("CartPole-v1", normaliser=frozen), 0.1, 0)
     with pytest.raises(ValueError, match="layout"):
         training_env(Task("CartPole-v1", n_frames=2, layout="concat"), 0.1, 0)
     with pytest.raises(ValueError, match="algorithm"):

@@ -33,7 +33,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from rl_robust.policy import Memory, Policy, as_policy
-from rl_robust.task import Task
+from rl_robust.task import Normaliser, Task
 from robust_core.certificates.statistics import clopper_pearson_lower, normal_cdf_upper, normal_quantile_lower
 from robust_core.checks import check_choice, check_number
 from robust_core.random import derive
@@ -224,21 +224,32 @@ class NoisyObservation(gym.ObservationWrapper):
         env: observes a Box; bytes are fine.
         sigma: standard deviation, in units of the scaled observation.
         scale: observations are multiplied by this first; 1/255 for pixels.
+        normaliser: frozen statistics, which come next.
         generator: seed of the noise, which shares nothing with the environment's own stream.
 
     The noised space is unbounded float32: noise on bytes would wrap around in a replay buffer (tell SB3
     ``policy_kwargs={"normalize_images": False}``).
     """
 
-    def __init__(self, env: gym.Env, sigma: float, *, scale: float = 1.0, generator: int = 0) -> None:
+    def __init__(
+        self,
+        env: gym.Env,
+        sigma: float,
+        *,
+        scale: float = 1.0,
+        normaliser: Normaliser | None = None,
+        generator: int = 0,
+    ) -> None:
         super().__init__(env)
         self.observation_space = _noised_space(env.observation_space, sigma)
-        self.sigma, self.scale = float(sigma), float(scale)
+        self.sigma, self.scale, self.normaliser = float(sigma), float(scale), normaliser
         self._noise = np.random.default_rng(derive(generator, "noisy observation"))
 
     def observation(self, observation: Any) -> np.ndarray:
         """Return the scaled observation with noise."""
         clean = np.asarray(observation, dtype=np.float32) * np.float32(self.scale)
+        if self.normaliser is not None:
+            clean = self.normaliser(np.asarray(observation, dtype=np.float64)[None] * self.scale)[0]
         return clean + np.float32(self.sigma) * self._noise.standard_normal(clean.shape, dtype=np.float32)
 
 

@@ -13,23 +13,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import gymnasium as gym
-import torch
 
+from rl_robust.adversarial.ppo import scaled_rewards
+from rl_robust.checkpoints import Checkpoint, running, set_running
 from rl_robust.rollout import collect
 from rl_robust.sb3 import SB3Policy
 from rl_robust.smoothing import NoisyObservation
 from rl_robust.task import Task
 from robust_core.checks import check_choice, check_count, check_number
-from robust_core.io import read_json, write_atomic, write_json
 from robust_core.random import Seed, derive, reseeded, resolve_seed
 
 __all__ = ["RECIPES", "SmoothedRecipe", "train_smoothed", "training_env"]
 
+ON_POLICY = ("a2c", "ppo")
 LEARNERS = ("a2c", "ddpg", "dqn", "ppo", "sac", "td3")
 OnStep = Callable[[str, int, int], None]
 
@@ -138,10 +138,10 @@ RECIPES: Mapping[str, SmoothedRecipe] = MappingProxyType(
 
 
 def training_env(task: Task, sigma: float, generator: int) -> gym.Env:
-    """Return the environment of a task with noise on each raw observation, and its frames stacked."""
-    if task.normaliser is not None:
-        raise ValueError("task.normaliser: training noises raw observations; take the statistics after training")
-    env: gym.Env = NoisyObservation(task.make(), sigma, scale=task.scale, generator=generator)
+    """Return the environment of a task with noise on each scaled, normalised observation, and its frames stacked."""
+    env: gym.Env = NoisyObservation(
+        task.make(), sigma, scale=task.scale, normaliser=task.normaliser, generator=generator
+    )
     if task.n_frames == 1:
         return env
     if task.layout != "stack":
@@ -157,6 +157,7 @@ def train_smoothed(
     generator: Seed = None,
     device: str = "cpu",
     checkpoint: str | os.PathLike[str] | None = None,
+    file: str | os.PathLike[str] | None = None,
     on_step: OnStep | None = None,
 ) -> SB3Policy:
     """Train with noise, and return the policy of the best check.
@@ -168,6 +169,7 @@ def train_smoothed(
         generator: seed.
         device: where to train.
         checkpoint: folder; an interrupted run goes on from its last check (replay buffers begin anew).
+        file: where SB3's own zip is written at the end.
         on_step: called with ("training", steps done, steps in all).
     """
     check_number("sigma", sigma, low=0)
@@ -178,11 +180,21 @@ def train_smoothed(
 
     seed = resolve_seed(generator)
     learner = getattr(stable_baselines3, recipe.algorithm.upper())
-    folder = None if checkpoint is None else Path(checkpoint)
+    asked = {"task": recipe.task.identity, "algorithm": recipe.algorithm, "policy": recipe.policy, "sigma": sigma,
+             "settings": dict(recipe.settings), "steps": [recipe.n_steps, recipe.check_every, recipe.check_episodes],
+             "n_envs": n_envs, "seed": seed}  # fmt: skip
+    kept = Checkpoint(checkpoint, asked)
     with reseeded(derive(seed, "training")):
-        env = DummyVecEnv([_maker(recipe.task, sigma, derive(seed, "noise", k)) for k in range(n_envs)])
+        env: Any = DummyVecEnv([_maker(recipe.task, sigma, derive(seed, "noise", k)) for k in range(n_envs)])
+        if recipe.algorithm in ON_POLICY:
+            env = scaled_rewards(env, recipe.settings)
         model = learner(recipe.policy, env, seed=seed & 0x7FFFFFFF, device=device, verbose=0, **dict(recipe.settings))
-        done, best, state = _resume(folder, model)
+        done, best, state = 0, -float("inf"), model.policy.state_dict()
+        if (found := kept.load()) is not None:
+            done, best, state = int(found["steps"]), float(found["score"]), found["best"]
+            model.set_parameters(found["model"])
+            model.num_timesteps = done
+            set_running(env, found["running"])
         while done < recipe.n_steps:
             model.learn(min(recipe.check_every, recipe.n_steps - done), reset_num_timesteps=done == 0)
             done = max(int(model.num_timesteps), done + recipe.check_every)
@@ -192,34 +204,16 @@ def train_smoothed(
             )
             if sample.mean >= best:
                 best, state = sample.mean, {k: v.clone() for k, v in model.policy.state_dict().items()}
-            if folder is not None:
-                _save(folder, model, done, best, state)
+            kept.save({"steps": done, "score": best, "best": dict(state), "model": model.get_parameters(),
+                       "running": running(env)})  # fmt: skip
             if on_step is not None:
                 on_step("training", min(done, recipe.n_steps), recipe.n_steps)
         env.close()
     model.policy.load_state_dict(state)
+    if file is not None:
+        model.save(file)
     return SB3Policy(model.policy)
 
 
 def _maker(task: Task, sigma: float, seed: int) -> Callable[[], gym.Env]:
     return lambda: training_env(task, sigma, seed)
-
-
-def _save(folder: Path, model: Any, done: int, best: float, state: Mapping[str, Any]) -> None:
-    import io
-
-    folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save({"model": model.get_parameters(), "best": dict(state)}, buffer)
-    write_atomic(folder / "training.pt", buffer.getvalue())
-    write_json(folder / "training.json", {"steps": done, "best": best})
-
-
-def _resume(folder: Path | None, model: Any) -> tuple[int, float, Mapping[str, Any]]:
-    if folder is None or not (folder / "training.json").is_file():
-        return 0, -float("inf"), model.policy.state_dict()
-    told = read_json(folder / "training.json")
-    kept = torch.load(folder / "training.pt", weights_only=True)
-    model.set_parameters(kept["model"])
-    model.num_timesteps = int(told["steps"])
-    return int(told["steps"]), float(told["best"]), kept["best"]

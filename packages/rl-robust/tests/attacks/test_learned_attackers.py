@@ -237,3 +237,32 @@ def test_bad_input_is_refused() -> None:
     env.reset(seed=0)
     with pytest.raises(TypeError, match="outputs"):
         env.step(np.zeros(2, np.float32))
+
+
+class Watched(nn.Module):
+    """A victim that keeps what it is shown."""
+
+    n_draws = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.action_space, self.shown = spaces.Discrete(2), list[Tensor]()
+
+    def act(self, obs: Tensor, memory: Any = None, start: Any = None, *, draws: Any = None) -> tuple[Tensor, Any]:
+        self.shown.append(obs.clone())
+        return torch.zeros(len(obs), dtype=torch.int64), None
+
+
+def test_a_smoothed_victim_is_attacked_under_its_noise() -> None:
+    task, seen = Task("CartPole-v1", max_steps=50), []
+    for sigma in (0.0, 0.5):
+        victim = Watched()
+        env = AdversaryVecEnv(DummyVecEnv([task.make] * 64), task, [(victim, -1.0)], ball(0.1), sigma=sigma)
+        env.seed(0)
+        env.reset()
+        env.step(np.zeros((64, 4), np.float32))
+        env.step(np.ones((64, 4), np.float32))
+        seen.append(torch.stack(victim.shown))
+    noise = seen[1] - seen[0]
+    assert float(noise.std()) == pytest.approx(0.5, rel=0.1)
+    assert abs(float(torch.corrcoef(noise.flatten(1))[0, 1])) < 0.2, "fresh in every step"

@@ -299,6 +299,7 @@ def train_adversary(
     *,
     kind: Kind = "pa-ad",
     n_steps: int = 100_000,
+    sigma: float = 0.0,
     n_envs: int = 8,
     settings: Mapping[str, Any] | None = None,
     generator: Seed = None,
@@ -313,6 +314,7 @@ def train_adversary(
         budget: of a step.
         kind: ``"sa-rl"`` or ``"pa-ad"``.
         n_steps: environment steps.
+        sigma: noise of a smoothed victim.
         n_envs: environments side by side.
         settings: of ``stable_baselines3.PPO``, over the defaults here (64-64 tanh).
         generator: seed; the global generators are left as found.
@@ -330,7 +332,9 @@ def train_adversary(
     seed = resolve_seed(generator)
     with reseeded(derive(seed, "adversary")):
         makers: Sequence[Callable[[], gym.Env]] = [task.make] * n_envs
-        env = AdversaryVecEnv(DummyVecEnv(list(makers)), task, [(policy, -1.0)], budget, kind=kind, generator=seed)
+        env = AdversaryVecEnv(
+            DummyVecEnv(list(makers)), task, [(policy, -1.0)], budget, kind=kind, generator=seed, sigma=sigma
+        )
         model = stable_baselines3.PPO(
             "MlpPolicy", env, seed=seed & 0x7FFFFFFF, device=device, verbose=0, **{**SETTINGS, **dict(settings or {})}
         )

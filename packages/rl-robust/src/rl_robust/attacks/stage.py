@@ -23,9 +23,9 @@ from rl_robust.attacks.learned import Kind, adversary_space, propose
 from rl_robust.observation import Budget, ObservationAttack, View
 from rl_robust.policy import Memory, as_policy
 from rl_robust.task import Task
-from robust_core.checks import check_choice
+from robust_core.checks import check_choice, check_number
 from robust_core.models import model_device
-from robust_core.random import Seed, derive, resolve_seed
+from robust_core.random import SampleStreams, Seed, derive, resolve_seed
 
 __all__ = ["AdversaryVecEnv", "AttackedVecEnv", "Reporter", "SidedPolicy", "Stage", "WithoutSide"]
 
@@ -38,10 +38,14 @@ class Stage:
         lanes: environments.
         seed: of the attack's streams.
         device: of the victim; None is the CPU.
+        sigma: noise on what the attack shows, for victims that are smoothed.
     """
 
-    def __init__(self, task: Task, lanes: int, seed: int, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, task: Task, lanes: int, seed: int, device: torch.device | str | None = None, *, sigma: float = 0.0
+    ) -> None:
         self.task, self.lanes, self.seed = task, lanes, derive(seed, "attack")
+        self.sigma, self.noise = check_number("sigma", sigma, low=0), derive(seed, "noise")
         self.device = torch.device(device or "cpu")
         self.step = torch.zeros(lanes, dtype=torch.int64, device=self.device)
         self.episodes = torch.arange(lanes, device=self.device)
@@ -82,7 +86,7 @@ class Stage:
         return View(
             policy=policy, obs=self.obs[at] if obs is None else obs, frames=self.frames[at].roll(-1, 1), task=self.task,
             budget=budget, spent=self.spent[at], step=self.step[at], episodes=self.episodes[at], seed=self.seed,
-            sigma=0.0, memory=memory, start=self.step[at] == 0, store=self.store, lanes=at, n_lanes=self.lanes,
+            sigma=self.sigma, memory=memory, start=self.step[at] == 0, store=self.store, lanes=at, n_lanes=self.lanes,
         )  # fmt: skip
 
     def attacked(self, policy: Any, budget: Budget, proposal: Callable[[View], Tensor]) -> Tensor:
@@ -90,6 +94,9 @@ class Stage:
         view = self.view(policy, budget)
         seen = budget.project(proposal(view).detach(), self.obs, self.spent)
         self.spent = budget.account(seen, self.obs, self.spent)
+        if self.sigma > 0:
+            streams = SampleStreams(self.noise, self.episodes, "observation")
+            seen = seen + self.sigma * streams.normal(seen.shape[1:], chunk=self.step, dtype=seen.dtype)
         return self.push(seen)
 
     def push(self, seen: Tensor) -> Tensor:
@@ -119,7 +126,8 @@ class AdversaryVecEnv(VecEnvWrapper):
             are several, the observation ends with the number of the side: for critics only, see :class:`SidedPolicy`.
         budget: of a step.
         kind: what an action means.
-        generator: seed of the actor's start.
+        generator: seed of the actor's start, and of the noise.
+        sigma: noise on what the attacker shows, for victims that are smoothed.
     """
 
     def __init__(
@@ -131,6 +139,7 @@ class AdversaryVecEnv(VecEnvWrapper):
         *,
         kind: Kind = "sa-rl",
         generator: Seed = None,
+        sigma: float = 0.0,
     ) -> None:
         if not sides or venv.num_envs % len(sides):
             raise ValueError(f"{len(sides)} sides on {venv.num_envs} environments: as many for each are needed")
@@ -143,7 +152,8 @@ class AdversaryVecEnv(VecEnvWrapper):
         super().__init__(
             venv, spaces.Box(-np.inf, np.inf, (size,), np.float32), adversary_space(kind, shape, self.sides[0][0])
         )
-        self.stage = Stage(task, venv.num_envs, resolve_seed(generator), model_device(cast(Any, self.sides[0][0])))
+        device = model_device(cast(Any, self.sides[0][0]))
+        self.stage = Stage(task, venv.num_envs, resolve_seed(generator), device, sigma=sigma)
         self.share = venv.num_envs // len(sides)
         self.side = np.repeat(np.arange(len(sides)), self.share)
 
