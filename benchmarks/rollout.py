@@ -1,16 +1,24 @@
 """Episodes of the engine beside bare loops: steps per second, as ratios in one run.
 
-    python benchmarks/rollout.py [--quick] [--json FILE]
+    python benchmarks/rollout.py [--quick] [--json FILE] [--parts bare workers]
 
-The bare loop steps the same environment (its own vector form where it has one, else the same number of separate ones),
-adds the same amount of noise, stacks the same frames and runs the same network on the same batch; it keeps no seeds, no
-accounts and no order, and it counts every step. Figures are the best of alternating rounds.
+* bare: the same environments side by side (the environment's own vector form where it has one, else separate ones
+  without the queues and copies of ``SyncVectorEnv``), as many normal numbers from a native generator, the same frames,
+  the same network on the same batch, for as many steps. It keeps no seeds, no accounts and no order: it resets without
+  seeds, as gymnasium's vector environments do, and counts every step. Both sides make their environments in the time
+  that counts. Figures are steps for each second of processor time, the best of alternating rounds.
+* Atari resets with a seed by loading the game anew, which is what an episode that belongs to (seed, number) costs
+  there; ``seeded`` is the bare loop with such resets, ``reset_milliseconds`` what one takes.
+* workers: the same certificate here and with two processes, by the clock on the wall, the start of the processes
+  included; two idle cores are needed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -28,6 +36,18 @@ from rl_robust.task import Task
 from rl_robust.train_smoothed import RECIPES
 from robust_core.claim import versions
 
+SIGMA = 0.1
+CASES: dict[str, tuple[Task, int, int]] = {  # task, lanes, episodes
+    "CartPole, vector entry point": (Task("CartPole-v1", max_steps=200, n_frames=5), LANES, 8 * LANES),
+    "Pendulum, separate": (Task("Pendulum-v1"), 16, 128),
+    "InvertedPendulum (MuJoCo), separate": (Task("InvertedPendulum-v5", max_steps=200), 16, 256),
+    "Hopper (MuJoCo), separate": (Task("Hopper-v5"), 16, 512),
+    "HalfCheetah (MuJoCo), separate": (Task("HalfCheetah-v5"), 16, 32),
+    "Pong, one round (Atari), separate": (RECIPES["pong"].task, 16, 64),
+    "Freeway (Atari), separate": (RECIPES["freeway"].task, 16, 32),
+}
+WORKERS = {"HalfCheetah (MuJoCo), separate": 256, "Freeway (Atari), separate": 96}
+
 
 class Steady(nn.Module):
     """A network of the usual size that keeps the pole up, so that episodes last."""
@@ -42,26 +62,31 @@ class Steady(nn.Module):
 
 
 def network(task: Task) -> NetworkPolicy:
+    """Return 256-256, or the convolutions that are usual for Atari."""
     env = task.make()
-    size = int(np.prod(env.observation_space.shape)) * task.n_frames  # pyright: ignore
-    actions = env.action_space
+    shape, actions = env.observation_space.shape or (), env.action_space
     env.close()
     out = int(actions.n) if isinstance(actions, spaces.Discrete) else int(actions.shape[0])  # pyright: ignore
-    layers = nn.Sequential(nn.Flatten(), nn.Linear(size, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
-    net = nn.Sequential(layers, nn.Linear(256, out))
+    if len(shape) == 2:
+        layers = [nn.Conv2d(task.n_frames, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
+        layers += [nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, out)]
+        return NetworkPolicy(nn.Sequential(*layers), actions)
+    size = int(np.prod(shape)) * task.n_frames
+    layers = [nn.Flatten(), nn.Linear(size, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, out)]
+    net = nn.Sequential(*layers)
     return NetworkPolicy(Steady(net) if task.env == "CartPole-v1" else net, actions)
 
 
-def bare(task: Task, policy: NetworkPolicy, lanes: int, steps: int, sigma: float, *, vector: bool) -> float:
-    """Return steps per second of a loop that does nothing but what it must."""
+def bare(task: Task, policy: NetworkPolicy, lanes: int, steps: int, *, vector: bool, seeded: bool = False) -> float:
+    """Return steps for each second of a loop that does nothing but what it must."""
+    started, seed = time.process_time(), lanes
     envs: Any = task.make_vector(lanes) if vector else [task.make() for _ in range(lanes)]
     raw = envs.reset(seed=0)[0] if vector else np.stack([e.reset(seed=k)[0] for k, e in enumerate(envs)])
     generator = torch.Generator().manual_seed(0)
     frames = torch.zeros(lanes, task.n_frames, *raw.shape[1:])
-    started = time.perf_counter()
-    for _ in range(steps):
+    for _ in range(-(-steps // lanes)):
         obs = torch.as_tensor(np.asarray(raw, dtype=np.float32) * np.float32(task.scale))
-        seen = obs + sigma * torch.randn(obs.shape, generator=generator)
+        seen = obs + SIGMA * torch.randn(obs.shape, generator=generator)
         frames = torch.cat([frames[:, 1:], seen[:, None]], 1)
         with torch.no_grad():
             actions = policy.act(task.show(frames))[0].numpy()
@@ -70,54 +95,95 @@ def bare(task: Task, policy: NetworkPolicy, lanes: int, steps: int, sigma: float
             continue
         found = []
         for env, action in zip(envs, actions, strict=True):
-            obs_, _, ended, cut, _ = env.step(action)
-            found.append(env.reset()[0] if ended or cut else obs_)
+            now, _, ended, cut, _ = env.step(action)
+            if ended or cut:
+                now, seed = env.reset(seed=seed if seeded else None)[0], seed + 1
+            found.append(now)
         raw = np.stack(found)
-    seconds = time.perf_counter() - started
     [env.close() for env in ([envs] if vector else envs)]
-    return lanes * steps / seconds
+    return -(-steps // lanes) * lanes / (time.process_time() - started)
 
 
-def engine(task: Task, policy: NetworkPolicy, episodes: int, sigma: float, **more: Any) -> float:
-    started = time.perf_counter()
-    sample = collect(policy, task, episodes, sigma=sigma, **more)
-    return float(sample.lengths.sum()) / (time.perf_counter() - started)
+def engine(task: Task, policy: NetworkPolicy, episodes: int, clock: Any = time.process_time, **more: Any) -> Any:
+    """Return steps for each second, and steps."""
+    started = clock()
+    steps = int(collect(policy, task, episodes, sigma=SIGMA, **more).lengths.sum())
+    return steps / (clock() - started), steps
+
+
+def reset_milliseconds(task: Task) -> float:
+    """Return what a seeded reset takes beyond one without a seed."""
+    env, found = task.make(), {}
+    for seed in (None, 1):
+        env.reset(seed=seed)
+        times = []
+        for _ in range(5):
+            started = time.process_time()
+            env.reset(seed=seed)
+            times.append(time.process_time() - started)
+        found[seed] = min(times)
+    env.close()
+    return 1e3 * (found[1] - found[None])
+
+
+def compare(name: str, rounds: int, share: int) -> dict[str, Any]:
+    """Return the figures of one environment."""
+    task, lanes, episodes = CASES[name]
+    episodes, policy = max(lanes, episodes // share), network(task)
+    vector, atari = "vector" in name, "Atari" in name
+    engine(task, policy, lanes, n_envs=lanes)
+    ours, theirs, seeded, steps = [], [], [], 0
+    for _ in range(rounds):
+        speed, steps = engine(task, policy, episodes, n_envs=lanes)
+        ours.append(speed)
+        theirs.append(bare(task, policy, lanes, steps, vector=vector))
+        if atari:
+            seeded.append(bare(task, policy, lanes, steps, vector=vector, seeded=True))
+    found: dict[str, Any] = {"engine": max(ours), "bare": max(theirs), "ratio": max(ours) / max(theirs)}
+    found |= {"ratio_of_medians": statistics.median(ours) / statistics.median(theirs)}
+    found |= {"lanes": lanes, "episodes": episodes, "steps_per_episode": steps / episodes}
+    if atari:
+        found |= {"seeded": max(seeded), "ratio_seeded": max(ours) / max(seeded)}
+        found |= {"reset_milliseconds": reset_milliseconds(task)}
+    return found
+
+
+def two_workers(name: str, rounds: int) -> dict[str, float]:
+    """Return steps for each second on the wall, here and with two processes."""
+    task, _, _ = CASES[name]
+    policy, one, two = network(task), [], []
+    for _ in range(rounds):
+        one.append(engine(task, policy, WORKERS[name], time.perf_counter)[0])
+        two.append(engine(task, policy, WORKERS[name], time.perf_counter, backend="processes", workers=2)[0])
+    return {"one": max(one), "two": max(two), "ratio": max(two) / max(one), "load": os.getloadavg()[0]}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--parts", nargs="+", default=["bare", "workers"], choices=["bare", "workers"])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), help="beginnings of names")
     arguments = parser.parse_args()
-    rounds, share = (2, 4) if arguments.quick else (3, 1)
-    cases: dict[str, tuple[Task, bool, int]] = {
-        "CartPole, vector entry point": (Task("CartPole-v1", max_steps=200, n_frames=5), True, 4 * LANES // share),
-        "Pendulum, separate": (Task("Pendulum-v1", max_steps=200), False, 64 // share),
-        "HalfCheetah (MuJoCo), separate": (Task("HalfCheetah-v5", max_steps=200), False, 64 // share),
-        "Freeway (Atari), separate": (RECIPES["freeway"].task, False, 16 // share),
-    }
+    torch.manual_seed(0)
     results: dict[str, Any] = {}
-    for name, (task, vector, episodes) in cases.items():
-        policy = network(task)
-        lanes = LANES if vector else 4 if "Atari" in name else 16
-        ours, theirs = [], []
-        for _ in range(rounds):
-            ours.append(engine(task, policy, episodes, 0.1, n_envs=lanes))
-            theirs.append(bare(task, policy, lanes, max(20, 200 // share), 0.1, vector=vector))
-        results[name] = {"engine": max(ours), "bare": max(theirs), "ratio": max(ours) / max(theirs)}
-        print(
-            f"{name:<38} {max(ours):>10,.0f} steps/s, bare {max(theirs):>10,.0f}: ratio {max(ours) / max(theirs):.2f}"
-        )
-    if not arguments.quick:
-        for name in ("HalfCheetah (MuJoCo), separate", "Freeway (Atari), separate"):
-            task, _, episodes = cases[name]
-            policy = network(task)
-            one = engine(task, policy, 4 * episodes, 0.1)
-            two = engine(task, policy, 4 * episodes, 0.1, backend="processes", workers=2)
-            results[f"{name}, two workers"] = {"one": one, "two": two, "ratio": two / one}
-            print(f"{name + ', two workers':<38} {two:>10,.0f} steps/s, one {one:>10,.0f}: ratio {two / one:.2f}")
+    for name in CASES if "bare" in arguments.parts else ():
+        if name.startswith(tuple(arguments.cases)):
+            found = results[name] = compare(name, *((2, 4) if arguments.quick else (5, 1)))
+            more = f", seeded {found['ratio_seeded']:.2f}" if "seeded" in found else ""
+            print(f"{name:<38} {found['engine']:>10,.0f} steps/s: ratio {found['ratio']:.2f}{more}")
+    for name in WORKERS if "workers" in arguments.parts else ():
+        if name.startswith(tuple(arguments.cases)):
+            found = results[f"{name}, two workers"] = two_workers(name, 1 if arguments.quick else 3)
+            print(f"{name + ', two workers':<38} {found['two']:>10,.0f} steps/s: ratio {found['ratio']:.2f}")
     if arguments.json:
-        document = {"schema": "robust.benchmark/1", "results": results, "versions": versions()}
+        document = {
+            "schema": "robust.benchmark/1",
+            "results": results,
+            "load": os.getloadavg()[0],
+            "cores": os.cpu_count(),
+            "versions": versions(),
+        }
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
     return 0
 

@@ -16,7 +16,8 @@ from robust_core.random import SampleStreams
 
 __all__ = ["NoiseAhead"]
 
-_STEPS, _NUMBERS = 64, 2**16
+_STEPS, _NUMBERS = 64, 2**14
+"""Steps drawn ahead at most, and numbers drawn in one call: as many as the caches of a core hold."""
 
 
 class NoiseAhead:
@@ -45,12 +46,17 @@ class NoiseAhead:
             stale |= 2 * place >= self.steps
             self._draw(rows[stale], episodes[stale], steps[stale])
             place = steps - self.first[rows]
+        if len(rows) == len(self.buffer) and bool((place == place[0]).all()):  # all lanes, all at the same step
+            return self.buffer[:, int(place[0])]
         return self.buffer[torch.as_tensor(rows), torch.as_tensor(place)]
 
     def _draw(self, rows: np.ndarray, episodes: np.ndarray, steps: np.ndarray) -> None:
-        device = self.buffer.device
-        index = torch.as_tensor(np.repeat(episodes, self.steps), device=device)
-        chunk = torch.as_tensor((steps[:, None] + np.arange(self.steps)).ravel(), device=device)
-        drawn = SampleStreams(self.seed, index, self.purpose).normal(self.shape, chunk=chunk)
-        self.buffer[torch.as_tensor(rows, device=device)] = drawn.reshape(len(rows), self.steps, *self.shape)
+        device, numbers = self.buffer.device, math.prod(self.shape) * self.steps
+        ahead, size = np.arange(self.steps), max(1, _NUMBERS // max(1, numbers))
+        for k in range(0, len(rows), size):
+            part = slice(k, k + size)
+            index = torch.as_tensor(np.repeat(episodes[part], self.steps), device=device)
+            chunk = torch.as_tensor((steps[part, None] + ahead).ravel(), device=device)
+            drawn = SampleStreams(self.seed, index, self.purpose).normal(self.shape, chunk=chunk)
+            self.buffer[torch.as_tensor(rows[part], device=device)] = drawn.reshape(-1, self.steps, *self.shape)
         self.episode[rows], self.first[rows] = episodes, steps

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,9 +47,8 @@ __all__ = ["LANES", "ObservationAttack", "ReturnSample", "Trace", "View", "colle
 
 LANES = 256
 """Episodes in a block of an environment that is vectorised by itself."""
-BLOCK = 64
+BLOCK = 128
 """Episodes in a block of separate environments, on which neither figures nor streams depend."""
-
 
 _ARRAYS = ("returns", "lengths", "truncated", "spent", "episodes")
 
@@ -97,50 +97,48 @@ def collect(
     check_count("n_episodes", n_episodes)
     check_number("sigma", sigma, low=0)
     check_count("n_envs", n_envs)
-    probe = task.make()
-    policy = as_policy(policy, probe.action_space)
-    if policy.action_space != probe.action_space:
-        raise ValueError(f"the policy acts in {policy.action_space}, {task.name} in {probe.action_space}")
-    probe.close()
-    weights = isinstance(cast("Any", policy), nn.Module)
-    if checkpoint is not None and not weights:
-        raise ValueError(
-            f"checkpoint: a {type(policy).__name__} has no weights by which its finished blocks could be told from "
-            "those of another policy; leave checkpoint out, or wrap it in an nn.Module"
-        )
-    plain = not trace and not render
-    vector = plain and _has_vector(task)
-    size = LANES if vector else max(1, min(BLOCK, -(-n_episodes // workers))) if backend != "here" else BLOCK
-    wanted = np.arange(first, first + n_episodes)
-    blocks = [(b, wanted[wanted // size == b]) for b in range(first // size, (first + n_episodes - 1) // size + 1)]
-    folder = None if checkpoint is None else Path(checkpoint)
-    play = partial(
-        _block,
-        policy=policy,
-        task=task,
-        attack=attack,
-        sigma=float(sigma),
-        stochastic=stochastic,
-        seed=seed,
-        n_envs=n_envs,
-        vector=vector,
-        trace=tuple(trace),
-        render=render,
-        folder=folder,
-    )
+    with closing(_Environments(task, render=render)) as envs:
+        space = envs.first(1)[0].action_space
+        policy = as_policy(policy, space)
+        if policy.action_space != space:
+            raise ValueError(f"the policy acts in {policy.action_space}, {task.name} in {space}")
+        if checkpoint is not None and not isinstance(cast("Any", policy), nn.Module):
+            raise ValueError(
+                f"checkpoint: a {type(policy).__name__} has no weights by which its finished blocks could be told from "
+                "those of another policy; leave checkpoint out, or wrap it in an nn.Module"
+            )
+        vector = not trace and not render and _has_vector(task)
+        if vector or backend != "here":
+            envs.close()
+        size = LANES if vector else BLOCK if backend == "here" else max(1, min(BLOCK, -(-n_episodes // workers)))
+        play = partial(
+            _block, policy=policy, task=task, attack=attack, sigma=float(sigma), stochastic=stochastic, seed=seed,
+            n_envs=n_envs, vector=vector, trace=tuple(trace), envs=envs,
+            folder=None if checkpoint is None else Path(checkpoint),
+        )  # fmt: skip
 
-    def report(done: int, total: int) -> None:
-        if on_step is not None:
-            on_step(min(n_episodes, done * size) if done < total else n_episodes, n_episodes)
+        def report(done: int, total: int) -> None:
+            if on_step is not None:
+                on_step(min(n_episodes, done * size) if done < total else n_episodes, n_episodes)
 
+        parts = _shards(play, _cut(first, n_episodes, size), backend=backend, workers=workers, on_step=report)
+    merged = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
+    return _sample(merged, seed, float(sigma), tuple(t for part in parts for t in part.traces))
+
+
+def _cut(first: int, n: int, size: int) -> list[tuple[int, np.ndarray]]:
+    """Return the blocks that hold the episodes wanted: (number, episodes)."""
+    wanted = np.arange(first, first + n)
+    return [(b, wanted[wanted // size == b]) for b in range(first // size, (first + n - 1) // size + 1)]
+
+
+def _shards(play: Callable[..., ReturnSample], blocks: list[Any], **how: Any) -> list[ReturnSample]:
     try:
-        parts = run_shards(play, blocks, backend=backend, workers=workers, on_step=report)
+        return run_shards(play, blocks, **how)
     except ShardError as error:
         if isinstance(error.__cause__, ValueError | TypeError):  # the user's fault is told as such, not as a shard's
             raise error.__cause__ from None
         raise
-    merged = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS}
-    return _sample(merged, seed, float(sigma), tuple(t for part in parts for t in part.traces))
 
 
 def _sample(arrays: dict[str, np.ndarray], seed: int, sigma: float, traces: tuple[Trace, ...] = ()) -> ReturnSample:
@@ -169,7 +167,7 @@ def _block(
     n_envs: int,
     vector: bool,
     trace: tuple[int, ...],
-    render: bool,
+    envs: _Environments,
     folder: Path | None,
 ) -> ReturnSample:
     number, episodes = block
@@ -183,7 +181,7 @@ def _block(
         if np.array_equal(state["episodes"].numpy(), episodes):
             return _sample({k: state[k].numpy() for k in _ARRAYS}, seed, sigma)
     player = _Player(policy, task, attack, sigma, stochastic, seed, trace)
-    found = player.vector(number, episodes) if vector else player.separate(episodes, n_envs, render)
+    found = player.vector(number, episodes) if vector else player.separate(episodes, n_envs, envs)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(path, {k: torch.as_tensor(getattr(found, k)) for k in _ARRAYS})
@@ -211,6 +209,28 @@ def _known(value: Any) -> str:
     if hasattr(value, "__dict__") and not callable(value) and not isinstance(value, gym.Space):
         return f"{type(value).__qualname__}{_known(vars(value))}"
     return repr(value)
+
+
+class _Environments:
+    """Environments that serve one block after the other; a copy in another process begins with none."""
+
+    def __init__(self, task: Task, *, render: bool, kept: bool = True) -> None:
+        self.task, self.render, self.kept, self.made = task, render, kept, []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(_Environments, render=self.render, kept=False), (self.task,)
+
+    def first(self, n: int) -> list[gym.Env]:
+        """Return ``n`` environments."""
+        more = {"render_mode": "rgb_array"} if self.render else {}
+        while len(self.made) < n:
+            self.made.append(self.task.make(**more))
+        return self.made[:n]
+
+    def close(self) -> None:
+        """Close them all."""
+        while self.made:
+            self.made.pop().close()
 
 
 class _Player:
@@ -255,21 +275,27 @@ class _Player:
     def decide(self, rows: np.ndarray, raw: np.ndarray) -> np.ndarray:
         """Return the actions on some lanes for their raw observations."""
         obs = self.task.observe(raw).to(self.device)
-        where = torch.as_tensor(rows, device=self.device)
+        episode, step = self.episode[rows], self.step[rows]
+        # all lanes at once need no copies, except for an attack, which is not trusted with the engine's own tensors
+        where = (
+            slice(None)
+            if len(rows) == self.lanes and self.attack is None
+            else torch.as_tensor(rows, device=self.device)
+        )
         if self.frames is None:
             self.frames = obs.new_zeros(self.lanes, self.task.n_frames, *obs.shape[1:])
             self.noise = NoiseAhead(derive(self.seed, "noise"), "observation", self.lanes, obs.shape[1:], obs.device)
-        step = torch.as_tensor(self.step[rows], device=self.device)
-        episodes = torch.as_tensor(self.episode[rows], device=self.device)
+        start = torch.as_tensor(step == 0, device=self.device)
         memory = _take(self.memory, where)
-        seen = obs if self.attack is None else self.attacked(obs, where, step, episodes, memory)
+        seen = obs if self.attack is None else self.attacked(obs, rows, memory)
         if self.sigma > 0:
-            seen = seen + self.sigma * self.noise.take(rows, self.episode[rows], self.step[rows])
-        shown, start = self.task.show(self.pushed(where, seen, step)), step == 0
+            seen = seen + self.sigma * self.noise.take(rows, episode, step)
+        shown = self.task.show(self.pushed(where, seen, np.flatnonzero(step == 0)))
         draws = None
         if self.n_draws:
-            streams = SampleStreams(derive(self.seed, "policy"), episodes, "action")
-            draws = padded(streams.uniform((self.n_draws,), chunk=step, dtype=torch.float64))
+            streams = SampleStreams(derive(self.seed, "policy"), torch.as_tensor(episode, device=self.device), "action")
+            chunk = torch.as_tensor(step, device=self.device)
+            draws = padded(streams.uniform((self.n_draws,), chunk=chunk, dtype=torch.float64))
         with torch.no_grad():
             actions, after = self.policy.act(padded(shown), _pad(memory), padded(start), draws=draws)
         self.memory = _put(self.memory, where, _take(after, slice(len(rows))), self.lanes)
@@ -277,22 +303,26 @@ class _Player:
         self.note(rows, obs, seen, chosen)
         return chosen
 
-    def pushed(self, where: Tensor, seen: Tensor, step: Tensor) -> Tensor:
-        """Return (B, n_frames, ...) frames with ``seen`` as the newest; the first frame of an episode is repeated."""
+    def pushed(self, where: Tensor | slice, seen: Tensor, fresh: np.ndarray) -> Tensor:
+        """Return (B, n_frames, ...) frames with ``seen`` as the newest; the first of ``fresh`` episodes is repeated."""
         newest = seen[:, None]
         if self.frames is None or self.task.n_frames == 1:
             return newest
-        fresh = (step == 0).reshape(-1, *[1] * seen.ndim)
-        moved = torch.cat([self.frames[where, 1:], newest], 1)
-        frames = torch.where(fresh, newest.expand_as(moved), moved)
+        frames = torch.cat([self.frames[where][:, 1:], newest], 1)
+        if len(fresh):
+            begun = torch.as_tensor(fresh, device=self.device)
+            frames[begun] = newest[begun].expand(-1, self.task.n_frames, *seen.shape[1:])
         self.frames[where] = frames
         return frames
 
-    def attacked(self, obs: Tensor, where: Tensor, step: Tensor, episodes: Tensor, memory: Memory) -> Tensor:
+    def attacked(self, obs: Tensor, rows: np.ndarray, memory: Memory) -> Tensor:
         """Ask the attack, project what it proposes, and keep the accounts."""
         attack, frames = self.attack, self.frames
         if attack is None or frames is None:
             return obs
+        where, step, episodes = (
+            torch.as_tensor(v, device=self.device) for v in (rows, self.step[rows], self.episode[rows])
+        )
         spent = self.spent[where]
         view = View(
             policy=self.policy, obs=obs, frames=frames[where].roll(-1, 1), task=self.task, budget=attack.budget,
@@ -360,11 +390,11 @@ class _Player:
             traces.append(Trace(episode, *arrays, tuple(kept["frames"])))
         return replace(self.found, traces=tuple(traces))
 
-    def separate(self, episodes: np.ndarray, n_envs: int, render: bool) -> ReturnSample:
+    def separate(self, episodes: np.ndarray, n_envs: int, pool: _Environments) -> ReturnSample:
         """Play on environments of their own; a lane takes the next episode when its last is over."""
         lanes = min(n_envs, len(episodes))
-        envs = [self.task.make(**({"render_mode": "rgb_array"} if render else {})) for _ in range(lanes)]
         try:
+            envs = pool.first(lanes)
             self.open(lanes, episodes)
             waiting = [int(e) for e in episodes][::-1]
             raw: list[np.ndarray] = [np.empty(0)] * lanes
@@ -379,15 +409,15 @@ class _Player:
                 if not len(rows):
                     return self.result()
                 actions = self.decide(rows, np.stack([raw[lane] for lane in rows]))
-                self.rendered(rows, envs, render)
+                self.rendered(rows, envs, pool.render)
                 out = [envs[lane].step(action) for lane, action in zip(rows, actions, strict=True)]
                 for lane, step in zip(rows, out, strict=True):
                     raw[lane] = step[0]
                 reward, ended, cut = (np.array([step[k] for step in out]) for k in (1, 2, 3))
                 free = list(self.count(rows, reward.astype(np.float64), ended, cut))
         finally:
-            for env in envs:
-                env.close()
+            if not pool.kept:
+                pool.close()
 
     def rendered(self, rows: np.ndarray, envs: list[gym.Env], render: bool) -> None:
         """Keep images of traced episodes."""
@@ -430,7 +460,7 @@ def _pad(memory: Memory) -> Memory:
     return tuple(padded(m) for m in memory) if isinstance(memory, tuple) else padded(memory)
 
 
-def _put(memory: Memory, rows: Tensor, value: Memory, lanes: int) -> Memory:
+def _put(memory: Memory, rows: Tensor | slice, value: Memory, lanes: int) -> Memory:
     if value is None:
         return None
     if isinstance(value, tuple):
