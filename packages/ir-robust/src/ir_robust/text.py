@@ -15,7 +15,7 @@ Words are compared in lower case; a replacement takes on the capitals of what it
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 __all__ = ["Words", "is_word"]
@@ -56,8 +56,8 @@ class Words:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The words in lower case."""
-        return tuple(word.lower() for word in self.surfaces)
+        """The words in lower case; the few that would fall apart there (``İ``) as they are written."""
+        return tuple(map(_lower, self.surfaces))
 
     @property
     def text(self) -> str:
@@ -88,13 +88,54 @@ class Words:
         """
         surfaces = list(self.surfaces)
         for position, word in edits.items():
-            if not is_word(word):
-                raise ValueError(f"edits[{position}]={word!r}: one word in lower case is needed")
             if not 0 <= position < len(surfaces):
                 raise IndexError(f"edits: position {position} of a text of {len(surfaces)} words")
-            if word != surfaces[position].lower():
-                surfaces[position] = _with_capitals(word, surfaces[position])
+            if word == _lower(surfaces[position]):
+                continue
+            if not is_word(word):
+                raise ValueError(f"edits[{position}]={word!r}: one word in lower case is needed")
+            surfaces[position] = _with_capitals(word, surfaces[position])
         return Words(tuple(surfaces), self.gaps)
+
+    def without(self, positions: Iterable[int]) -> Words:
+        """Return these words with some of them left out; of the two gaps beside one, that with more signs stays.
+
+        Raises:
+            IndexError: a position that is not there.
+        """
+        surfaces, gaps = list(self.surfaces), list(self.gaps)
+        for i in sorted(set(positions), reverse=True):
+            if not 0 <= i < len(surfaces):
+                raise IndexError(f"positions: position {i} of a text of {len(self)} words")
+            before, after = gaps[i].strip(), gaps[i + 1].strip()
+            keep_after = len(after) > len(before) or (i == len(surfaces) - 1 and len(after) == len(before))
+            gaps[i : i + 2] = [gaps[i + 1] if keep_after else gaps[i]]
+            del surfaces[i]
+        return Words(tuple(surfaces), tuple(gaps))
+
+    def with_inserted(self, at: int, new: Sequence[str]) -> Words:
+        """Return these words with ``new`` before word ``at``, or at the end where ``at`` is their number.
+
+        Raises:
+            IndexError: a place that is not there.
+            ValueError: something that is not one word.
+        """
+        if not 0 <= at <= len(self):
+            raise IndexError(f"at: place {at} of a text of {len(self)} words")
+        for word in new:
+            if not _WORD.fullmatch(word):
+                raise ValueError(f"new={word!r}: one word is needed")
+        if not new:
+            return self
+        inner = [" "] * (len(new) - 1)
+        if at < len(self):
+            gaps = (*self.gaps[: at + 1], *inner, " ", *self.gaps[at + 1 :])
+        elif not len(self):
+            gaps = (self.gaps[0], *inner, "")
+        else:
+            last = self.gaps[-1]
+            gaps = (*self.gaps[:-1], last if last[-1:].isspace() else f"{last} ", *inner, "")
+        return Words((*self.surfaces[:at], *new, *self.surfaces[at:]), gaps)
 
     def lowered(self, words: Sequence[str | None]) -> str:
         """Return the text with ``words`` in their places, in lower case; None keeps what is written."""
@@ -102,6 +143,11 @@ class Words:
         for surface, word, gap in zip(self.surfaces, words, self.gaps[1:], strict=True):
             parts += (surface if word is None else word, gap)
         return "".join(parts)
+
+
+def _lower(word: str) -> str:
+    lowered = word.lower()
+    return lowered if lowered.isascii() or _WORD.fullmatch(lowered) else word
 
 
 def _with_capitals(word: str, like: str) -> str:

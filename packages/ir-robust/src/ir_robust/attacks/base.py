@@ -9,9 +9,10 @@ the attack's own word.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,36 +114,99 @@ def rank_among(scores: Mapping[str, float], docno: str, score: float | None = No
     return ordered(scores if score is None else {**scores, docno: score}).index(docno) + 1
 
 
-def edits_between(before: str, after: str) -> tuple[Edit, ...]:
-    """Return how the words of one text became those of another."""
-    old, new = Words.of(before).words, Words.of(after).words
-    found: list[Edit] = []
-    if len(old) == len(new):
-        return tuple(Edit(i, a, b) for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
-    for tag, i, i_end, j, j_end in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if tag == "equal":
-            continue
-        for step in range(max(i_end - i, j_end - j)):
-            a = old[i + step] if i + step < i_end else ""
-            b = new[j + step] if j + step < j_end else ""
-            found.append(Edit(min(i + step, i_end), a, b))
-    return tuple(found)
+def _inside(short: Sequence[str], long: Sequence[str]) -> list[int] | None:
+    """Return where the words of ``short`` stand, in order, among those of ``long``, or None."""
+    rest = iter(enumerate(long))
+    found = [next((j for j, word in rest if word == wanted), -1) for wanted in short]
+    return None if -1 in found else found
+
+
+def edits_between(before: str, after: str, *, deletion_cost: int = 1) -> tuple[Edit, ...]:
+    """Return the fewest edits that make the words of one text those of another.
+
+    Args:
+        before: a text.
+        after: another.
+        deletion_cost: in substitutions or insertions; a large one keeps words opposite each other where that can be.
+    """
+    return _align(Words.of(before).words, Words.of(after).words, deletion_cost)[0]
+
+
+def _align(
+    old: Sequence[str], new: Sequence[str], deletion_cost: int
+) -> tuple[tuple[Edit, ...], list[tuple[int, int]]]:
+    """Return the edits, and the (old, new) positions that stand opposite each other (Wagner and Fischer 1974)."""
+    head = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+    rest = min(len(old), len(new)) - head
+    tail = next((i for i in range(rest) if old[-1 - i] != new[-1 - i]), rest)
+    a, b = old[head : len(old) - tail], new[head : len(new) - tail]
+    numbers = {word: i for i, word in enumerate({*a, *b})}
+    ids, steps = np.array([numbers[word] for word in b], dtype=np.int64), np.arange(len(b) + 1)
+    cost = np.zeros((len(a) + 1, len(b) + 1), dtype=np.int64)
+    cost[0] = steps
+    for i, word in enumerate(a, 1):
+        row = cost[i - 1] + deletion_cost
+        row[1:] = np.minimum(row[1:], cost[i - 1, :-1] + (ids != numbers[word]))
+        cost[i] = np.minimum.accumulate(row - steps) + steps  # insertions from the left
+    edits, opposite, i, j = [], [(len(old) - 1 - k, len(new) - 1 - k) for k in range(tail)], len(a), len(b)
+    while i or j:
+        if i and j and cost[i, j] == cost[i - 1, j - 1] + (a[i - 1] != b[j - 1]):
+            i, j = i - 1, j - 1
+            opposite.append((head + i, head + j))
+            if a[i] != b[j]:
+                edits.append(Edit(head + i, a[i], b[j]))
+        elif j and cost[i, j] == cost[i, j - 1] + 1:
+            j -= 1
+            edits.append(Edit(head + i, "", b[j]))
+        else:
+            i -= 1
+            edits.append(Edit(head + i, a[i], ""))
+    return tuple(edits[::-1]), [(k, k) for k in range(head)] + opposite[::-1]
 
 
 def check_budget(before: str, after: str, budget: WordBudget) -> tuple[Edit, ...]:
     """Return the edits of an attack.
 
+    An edit is read as what is cheapest for the attacker. Signs and capitals are no free channel: they stay as they are,
+    but for those beside a word that was added or deleted.
+
     Raises:
         BudgetExceededError: more than the budget allows.
     """
-    edits = edits_between(before, after)
-    changed, added = sum(1 for e in edits if e.old), sum(1 for e in edits if not e.old)
-    allowed = budget.words(len(Words.of(before)))
-    if changed > allowed or added > budget.insertions:
-        raise BudgetExceededError(
-            f"the attack changed {changed} words of {allowed} allowed and added {added} of {budget.insertions}"
-        )
-    return edits
+    old, new = Words.of(before), Words.of(after)
+    allowed = budget.words(len(old))
+    for deletion_cost in (len(old) + len(new), 1):  # words opposite each other if that can be; else as few as can be
+        edits, opposite = _align(old.words, new.words, deletion_cost)
+        changed, added = sum(1 for e in edits if e.old), sum(1 for e in edits if not e.old)
+        if changed <= allowed and added <= budget.insertions:
+            _check_rest(old, new, opposite)
+            return edits
+    raise BudgetExceededError(
+        f"the attack changed {changed} words of {allowed} allowed and added {added} of {budget.insertions}"
+    )
+
+
+_SIGNS = re.compile(r"""[\s.,;:!?'"()-]*""")
+
+
+def _check_rest(old: Words, new: Words, opposite: list[tuple[int, int]]) -> None:
+    """Refuse changes that are no changes of words."""
+    for i, j in opposite:
+        if old.words[i] == new.words[j] and old.surfaces[i] != new.surfaces[j]:
+            raise BudgetExceededError(f"the attack wrote {old.surfaces[i]!r} as {new.surfaces[j]!r}: words may change")
+    ends = [(-1, -1), *opposite, (len(old), len(new))]
+    for (i, j), (i_next, j_next) in pairwise(ends):
+        gaps = new.gaps[j + 1 : j_next + 1]
+        if (i_next - i, j_next - j) == (1, 1):
+            if old.gaps[i + 1] != gaps[0]:
+                raise BudgetExceededError(
+                    f"the attack changed {old.gaps[i + 1]!r} between words to {gaps[0]!r}: words may change"
+                )
+            continue
+        known = {*old.gaps[i + 1 : i_next + 1]}
+        strange = next((gap for gap in gaps if gap not in known and not _SIGNS.fullmatch(gap)), None)
+        if strange is not None:
+            raise BudgetExceededError(f"the attack brought in {strange!r} between words: words may change")
 
 
 def attack_list(
@@ -169,10 +233,16 @@ def attack_list(
         generator: seed; a document's stream depends on the seed, the query and its number alone.
 
     Raises:
+        ValueError: targets that are not in the list, or scores of other documents.
         BudgetExceededError: an attack overspent.
     """
     check_count("k", k)
     victim, seed = as_ranker(ranker), resolve_seed(generator)
+    strange = next((docno for docno in targets if docno not in docs), None)
+    if strange is not None:
+        raise ValueError(f"targets: {strange!r} is not among the {len(docs)} documents of the list")
+    if scores is not None and scores.keys() != docs.keys():
+        raise ValueError(f"scores: of {len(scores)} documents, {len(docs.keys() & scores.keys())} of the {len(docs)}")
     if scores is None:
         scores = dict(zip(docs, scores_of(victim, query, list(docs.values())).tolist(), strict=True))
     found = []
