@@ -308,6 +308,8 @@ def train_adversary(
 ) -> ObservationAttack:
     """Train an attacker of a fixed policy by PPO, and return it as an attack.
 
+    Rewards are in units of the running deviation of the return while it trains.
+
     Args:
         task: the environment.
         policy: the victim.
@@ -322,7 +324,7 @@ def train_adversary(
         on_step: called with (steps done, steps in all) after each rollout.
     """
     import stable_baselines3
-    from stable_baselines3.common.vec_env import DummyVecEnv
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
     from rl_robust.attacks.stage import AdversaryVecEnv, Reporter
     from rl_robust.sb3 import SB3Policy
@@ -330,14 +332,14 @@ def train_adversary(
     check_count("n_steps", n_steps)
     check_count("n_envs", n_envs)
     seed = resolve_seed(generator)
+    chosen = {**SETTINGS, **dict(settings or {})}
     with reseeded(derive(seed, "adversary")):
         makers: Sequence[Callable[[], gym.Env]] = [task.make] * n_envs
         env = AdversaryVecEnv(
             DummyVecEnv(list(makers)), task, [(policy, -1.0)], budget, kind=kind, generator=seed, sigma=sigma
         )
-        model = stable_baselines3.PPO(
-            "MlpPolicy", env, seed=seed & 0x7FFFFFFF, device=device, verbose=0, **{**SETTINGS, **dict(settings or {})}
-        )
+        scaled = VecNormalize(env, norm_obs=False, gamma=float(chosen.get("gamma", 0.99)))
+        model = stable_baselines3.PPO("MlpPolicy", scaled, seed=seed & 0x7FFFFFFF, device=device, verbose=0, **chosen)
         model.learn(n_steps, callback=None if on_step is None else Reporter(on_step, n_steps))
         env.close()
     return adversary_attack(kind, budget, SB3Policy(model.policy).to(env.stage.device))
