@@ -20,8 +20,12 @@ import math
 import os
 import re
 import zlib
+from array import array
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
+
+import numpy as np
 
 from robust_core.errors import MalformedFileError, ResourceError
 from robust_core.io import write_atomic
@@ -83,6 +87,8 @@ def lines(path: PathLike) -> Iterator[tuple[int, str]]:
 def _put(found: dict, key: str, value: object, where: str, what: str) -> None:
     if not key:
         raise MalformedFileError(f"{where}: {what} without a number")
+    if len(key.split()) != 1:
+        raise MalformedFileError(f"{where}: {what} {key!r}: a number with a blank cannot stand in the columns of a run")
     if key in found:
         raise MalformedFileError(f"{where}: {what} {key!r} stands here a second time")
     found[key] = value
@@ -97,7 +103,7 @@ def read_run(path: PathLike) -> Run:
             one query, scores that rise while ranks fall, or no line at all.
     """
     run: Run = {}
-    last: dict[str, tuple[int, float]] = {}
+    places: dict[str, tuple[array[int], array[int]]] = {}
     for number, line in lines(path):
         if not line.strip():
             continue
@@ -106,23 +112,40 @@ def read_run(path: PathLike) -> Run:
             raise MalformedFileError(f"{where}: {len(columns)} columns; 'qid Q0 docno rank score tag' is needed")
         qid, _, docno, rank_text, score_text, _ = columns
         rank, score = int(_number(rank_text, int, where, "rank")), _number(score_text, float, where, "score")
-        before = last.get(qid)
-        if before is not None and (rank - before[0]) * (before[1] - score) < 0:
-            raise MalformedFileError(
-                f"{where}: query {qid!r} has rank {rank} with score {score:g} beside rank {before[0]} with "
-                f"{before[1]:g}; evaluation goes by scores, so they must fall with the ranks"
-            )
-        last[qid] = (rank, score)
+        ranks, numbers = places.setdefault(qid, (array("q"), array("q")))
+        ranks.append(rank)
+        numbers.append(number)
         _put(run.setdefault(qid, {}), docno, score, where, f"query {qid!r}: document")
     if not run:
         raise MalformedFileError(f"{path}: holds no line; 'qid Q0 docno rank score tag' is needed")
+    for qid, (ranks, numbers) in places.items():
+        _check_fall(path, qid, np.array(ranks), np.array(list(run[qid].values())), numbers)
     return run
+
+
+def _check_fall(path: PathLike, qid: str, ranks: np.ndarray, scores: np.ndarray, numbers: array[int]) -> None:
+    """Refuse scores that rise from one rank to the next; equal ranks say nothing."""
+    order = np.lexsort((-scores, ranks))
+    rises = np.flatnonzero(np.diff(scores[order]) > 0)
+    if len(rises):
+        a, b = order[rises[0]], order[rises[0] + 1]
+        raise MalformedFileError(
+            f"{path}:{numbers[int(max(a, b))]}: query {qid!r} has rank {ranks[b]} with score {scores[b]:g} below rank "
+            f"{ranks[a]} with {scores[a]:g}; evaluation goes by scores, so they must fall with the ranks"
+        )
 
 
 def write_run(path: PathLike, run: Mapping[str, Mapping[str, float]], tag: str = "robust") -> Path:
     """Write a TREC run, ordered as :func:`ordered` does; scores are written so that they read back the same."""
-    if not tag or len(tag.split()) != 1:
+    if len(tag.split()) != 1:
         raise ValueError(f"tag={tag!r}: one word is needed")
+    for qid, scores in run.items():
+        for docno, score in scores.items():
+            if not math.isfinite(score) or len(qid.split()) != 1 or len(docno.split()) != 1:
+                raise ValueError(
+                    f"run: query {qid!r}, document {docno!r}, score {score}: numbers without blanks and a finite score "
+                    "are needed"
+                )
     rows = [
         f"{qid} Q0 {docno} {rank} {float(scores[docno])!r} {tag}\n"
         for qid, scores in run.items()
@@ -140,12 +163,16 @@ def read_qrels(path: PathLike) -> Qrels:
         MalformedFileError: a line of other columns, a grade that is no whole number, a pair twice, or no line at all.
     """
     qrels: Qrels = {}
+    form = "qid 0 docno grade"
     for number, line in lines(path):
         where, columns = f"{path}:{number}", line.split()
-        if not columns or (number == 1 and columns[0] == "query-id"):
+        if number == 1 and columns[:1] == ["query-id"]:
+            form = "query-id corpus-id score"
             continue
-        if len(columns) not in (3, 4):
-            raise MalformedFileError(f"{where}: {len(columns)} columns; 'qid 0 docno grade' is needed")
+        if not columns:
+            continue
+        if len(columns) != len(form.split()):
+            raise MalformedFileError(f"{where}: {len(columns)} columns; '{form}' is needed")
         qid, docno, grade = columns[0], columns[-2], columns[-1]
         value = int(_number(grade, int, where, "grade"))
         _put(qrels.setdefault(qid, {}), docno, value, where, f"query {qid!r}: document")
@@ -163,10 +190,10 @@ def write_qrels(path: PathLike, qrels: Mapping[str, Mapping[str, int]]) -> Path:
 
 def _number(text: str, kind: Callable[[str], float], where: str, what: str) -> float:
     try:
-        value = kind(text)
+        value = math.nan if "_" in text else kind(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not abs(value) < (1 << 53 if kind is int else math.inf):
         raise MalformedFileError(f"{where}: {what} {text!r} is no {'whole' if kind is int else 'finite'} number")
     return value
 
@@ -217,30 +244,41 @@ def _read_texts(
 
 def _texts(path: PathLike, block: str, number_tag: str, fields: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
     """Yield (where, number, text); the form is told by the first sign that is no blank."""
-    form, opened, parts = "", 0, []
-    begin, end = re.compile(f"<{block}\\b[^>]*>", re.IGNORECASE), re.compile(f"</{block}>", re.IGNORECASE)
-    for number, line in lines(path):
-        if not line.strip():
-            continue
-        form = form or ("json" if line.lstrip()[0] == "{" else "tags" if line.lstrip()[0] == "<" else "tabs")
+    rows = ((number, line) for number, line in lines(path) if line.strip())
+    first = next(rows, None)
+    if first is None:
+        return
+    rows, sign = chain([first], rows), first[1].lstrip()[0]
+    if sign == "<":
+        for number, text in _blocks(path, rows, block):
+            yield (f"{path}:{number}", *_from_tags(text, f"{path}:{number}", number_tag, fields))
+        return
+    for number, line in rows:
         where = f"{path}:{number}"
-        if form == "json":
+        if sign == "{":
             yield (where, *_from_json(line, where, fields))
-        elif form == "tabs":
-            key, tab, text = line.partition("\t")
-            if not tab:
-                raise MalformedFileError(f"{where}: no tab between number and text")
-            yield where, key.strip(), text
-        else:
-            if begin.search(line):
-                if opened:
-                    raise MalformedFileError(f"{where}: <{block}> inside the <{block}> of line {opened}")
-                opened, parts = number, []
+            continue
+        key, tab, text = line.partition("\t")
+        if not tab:
+            raise MalformedFileError(f"{where}: no tab between number and text")
+        yield where, key.strip(), text
+
+
+def _blocks(path: PathLike, rows: Iterator[tuple[int, str]], block: str) -> Iterator[tuple[int, str]]:
+    """Yield (line of its begin, text between) of each ``<block>``; what stands outside of them is a wrapper."""
+    border = re.compile(rf"<(/?){block}(?:\s[^<>]*)?>", re.IGNORECASE)
+    opened, parts = 0, []
+    for number, line in rows:
+        at = 0
+        for tag in border.finditer(line):
+            if bool(tag.group(1)) != bool(opened):
+                what = f"<{block}> inside the <{block}> of line {opened}" if opened else f"</{block}> without <{block}>"
+                raise MalformedFileError(f"{path}:{number}: {what}")
             if opened:
-                parts.append(line)
-            if opened and end.search(line):
-                yield (f"{path}:{opened}", *_from_tags("\n".join(parts), f"{path}:{opened}", number_tag, fields))
-                opened = 0
+                yield opened, "\n".join([*parts, line[at : tag.start()]])
+            opened, parts, at = (0 if opened else number), [], tag.end()
+        if opened:
+            parts.append(line[at:])
     if opened:
         raise MalformedFileError(f"{path}:{opened}: <{block}> has no </{block}>")
 
@@ -248,7 +286,7 @@ def _texts(path: PathLike, block: str, number_tag: str, fields: tuple[str, ...])
 def _from_json(line: str, where: str, fields: tuple[str, ...]) -> tuple[str, str]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MalformedFileError(f"{where}: no JSON ({error})") from None
     keys = ("title", "text") if fields in (("text",), ("title",)) else fields
     if not isinstance(row, dict) or not isinstance(row.get("_id"), str) or "text" not in row:
@@ -267,7 +305,9 @@ def _from_tags(block: str, where: str, number_tag: str, fields: tuple[str, ...])
     key = re.sub(r"^\s*Number:", "", number.group(1), flags=re.IGNORECASE).strip()
     texts = []
     for field in fields:
-        texts += re.findall(f"<{field}>(.*?)(?=</{field}>|<(?:desc|narr|title)>|</top>|</doc>)", block, re.I | re.S)
+        closed = re.findall(f"<{field}>(.*?)</{field}>", block, re.IGNORECASE | re.DOTALL)
+        texts += closed or re.findall(rf"<{field}>(.*?)(?=\n\s*<|\Z)", block, re.IGNORECASE | re.DOTALL)
     rest = block[: number.start()] + block[number.end() :]
     chosen = " ".join(texts) if texts or number_tag == "num" else rest
+    chosen = re.sub(r"^\s*Topic:", "", chosen, flags=re.IGNORECASE) if number_tag == "num" else chosen
     return key, html.unescape(_TAG.sub(" ", chosen))

@@ -66,18 +66,16 @@ def per_query(
     wanted = {str(name): parse_measure(name) for name in measures}
     ranks: dict[str, dict[str, float]] = {}
     for qid in useful:
-        values = np.fromiter(run[qid].values(), dtype=np.float64)
-        if not np.isfinite(values).all():
+        scores = np.fromiter(run[qid].values(), dtype=np.float64)
+        if not np.isfinite(scores).all():
             raise ValueError(f"run: query {qid!r} has a score that is NaN or infinite")
         ranks[qid] = {docno: float(-rank) for rank, docno in enumerate(ordered(run[qid]))}
     judged = {qid: dict(qrels[qid]) for qid in useful}
-    found: dict[str, dict[str, float]] = {name: {} for name in wanted}
-    names = {measure: name for name, measure in wanted.items()}
-    for row in ir_measures.iter_calc(list(wanted.values()), judged, ranks):
-        found[names[row.measure]][row.query_id] = float(row.value)
-    for name, values in found.items():
-        lost = [qid for qid in useful if qid not in values]
+    found: dict[ir_measures.Measure, dict[str, float]] = {measure: {} for measure in wanted.values()}
+    for row in ir_measures.iter_calc(list(found), judged, ranks):
+        found[row.measure][row.query_id] = float(row.value)
+    for name, measure in wanted.items():
+        lost = [qid for qid in useful if qid not in found[measure]]
         if lost:
             raise ValueError(f"measure {name!r}: gave no value for {len(lost)} queries, {lost[0]!r} first")
-        found[name] = {qid: values[qid] for qid in useful}
-    return found
+    return {name: {qid: found[measure][qid] for qid in useful} for name, measure in wanted.items()}

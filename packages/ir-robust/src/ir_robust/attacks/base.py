@@ -114,28 +114,18 @@ def rank_among(scores: Mapping[str, float], docno: str, score: float | None = No
     return ordered(scores if score is None else {**scores, docno: score}).index(docno) + 1
 
 
-def _inside(short: Sequence[str], long: Sequence[str]) -> list[int] | None:
-    """Return where the words of ``short`` stand, in order, among those of ``long``, or None."""
-    rest = iter(enumerate(long))
-    found = [next((j for j, word in rest if word == wanted), -1) for wanted in short]
-    return None if -1 in found else found
-
-
-def edits_between(before: str, after: str, *, deletion_cost: int = 1) -> tuple[Edit, ...]:
-    """Return the fewest edits that make the words of one text those of another.
-
-    Args:
-        before: a text.
-        after: another.
-        deletion_cost: in substitutions or insertions; a large one keeps words opposite each other where that can be.
-    """
-    return _align(Words.of(before).words, Words.of(after).words, deletion_cost)[0]
+def edits_between(before: str, after: str) -> tuple[Edit, ...]:
+    """Return the fewest edits that make the words of one text those of another."""
+    return _align(Words.of(before).words, Words.of(after).words)[0]
 
 
 def _align(
-    old: Sequence[str], new: Sequence[str], deletion_cost: int
+    old: Sequence[str], new: Sequence[str], substitution: int = 1, deletion: int = 1
 ) -> tuple[tuple[Edit, ...], list[tuple[int, int]]]:
-    """Return the edits, and the (old, new) positions that stand opposite each other (Wagner and Fischer 1974)."""
+    """Return the cheapest edits, where an insertion costs 1, and the (old, new) positions opposite each other.
+
+    The recursion of Wagner and Fischer (1974), a row at a time, without the common head and tail.
+    """
     head = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
     rest = min(len(old), len(new)) - head
     tail = next((i for i in range(rest) if old[-1 - i] != new[-1 - i]), rest)
@@ -145,12 +135,12 @@ def _align(
     cost = np.zeros((len(a) + 1, len(b) + 1), dtype=np.int64)
     cost[0] = steps
     for i, word in enumerate(a, 1):
-        row = cost[i - 1] + deletion_cost
-        row[1:] = np.minimum(row[1:], cost[i - 1, :-1] + (ids != numbers[word]))
+        row = cost[i - 1] + deletion
+        row[1:] = np.minimum(row[1:], cost[i - 1, :-1] + substitution * (ids != numbers[word]))
         cost[i] = np.minimum.accumulate(row - steps) + steps  # insertions from the left
     edits, opposite, i, j = [], [(len(old) - 1 - k, len(new) - 1 - k) for k in range(tail)], len(a), len(b)
     while i or j:
-        if i and j and cost[i, j] == cost[i - 1, j - 1] + (a[i - 1] != b[j - 1]):
+        if i and j and cost[i, j] == cost[i - 1, j - 1] + substitution * (a[i - 1] != b[j - 1]):
             i, j = i - 1, j - 1
             opposite.append((head + i, head + j))
             if a[i] != b[j]:
@@ -167,16 +157,18 @@ def _align(
 def check_budget(before: str, after: str, budget: WordBudget) -> tuple[Edit, ...]:
     """Return the edits of an attack.
 
-    An edit is read as what is cheapest for the attacker. Signs and capitals are no free channel: they stay as they are,
-    but for those beside a word that was added or deleted.
+    Edits are read in the attacker's favour: as substitutions if that can be, else as the fewest edits, else as the
+    fewest changed words. Signs and capitals are no free channel: they stay as they are, but for those beside a word
+    that was added or deleted.
 
     Raises:
         BudgetExceededError: more than the budget allows.
     """
     old, new = Words.of(before), Words.of(after)
     allowed = budget.words(len(old))
-    for deletion_cost in (len(old) + len(new), 1):  # words opposite each other if that can be; else as few as can be
-        edits, opposite = _align(old.words, new.words, deletion_cost)
+    dear = len(old) + len(new) + 1
+    for substitution, deletion in ((1, dear), (1, 1), (dear, dear)):
+        edits, opposite = _align(old.words, new.words, substitution, deletion)
         changed, added = sum(1 for e in edits if e.old), sum(1 for e in edits if not e.old)
         if changed <= allowed and added <= budget.insertions:
             _check_rest(old, new, opposite)

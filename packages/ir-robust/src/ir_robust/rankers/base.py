@@ -171,7 +171,7 @@ def scores_of(ranker: Ranker, query: str, docs: Sequence[str], *, batch_size: in
 
 
 def candidates(run: Run, data: Collection, depth: int | None = None) -> dict[str, list[str]]:
-    """Return query -> its documents in order, the first ``depth`` of them.
+    """Return query -> its documents in order, the first ``depth`` of them that are not hidden from it.
 
     Raises:
         ValueError: queries or documents that the collection does not have.
@@ -179,9 +179,11 @@ def candidates(run: Run, data: Collection, depth: int | None = None) -> dict[str
     strange = [qid for qid in run if qid not in data.queries]
     if strange:
         raise ValueError(f"run: {len(strange)} queries are not in the collection, {strange[0]!r} first")
-    lists = {qid: ordered(scores)[:depth] for qid, scores in run.items()}
-    for qid, docnos in lists.items():
-        unknown = next((docno for docno in docnos if docno not in data.docs), None)
+    lists = {}
+    for qid, scores in run.items():
+        hidden = data.hidden.get(qid, frozenset())
+        lists[qid] = [docno for docno in ordered(scores) if docno not in hidden][:depth]
+        unknown = next((docno for docno in lists[qid] if docno not in data.docs), None)
         if unknown is not None:
             raise ValueError(f"run: query {qid!r} ranks document {unknown!r}, which the collection does not have")
     return lists

@@ -46,9 +46,13 @@ class BM25Index:
         self.b = check_number("b", b, low=0.0, high=1.0)
         self.stopwords, self.stemmer = stopwords, stemmer
         self.docnos = list(docs)
+        if not self.docnos:
+            raise ValueError("docs: an index needs at least one document")
         tokens = self.tokens(list(docs.values()))
+        if not any(tokens):
+            raise ValueError(f"docs: no word in {len(tokens)} documents but those of stopwords={self.stopwords!r}")
         self.n_docs = len(tokens)
-        self.mean_length = max(sum(map(len, tokens)) / max(self.n_docs, 1), 1e-9)
+        self.mean_length = sum(map(len, tokens)) / self.n_docs
         counts = Counter(word for document in tokens for word in set(document))
         self.idf = {word: math.log1p((self.n_docs - df + 0.5) / (df + 0.5)) for word, df in counts.items()}
         self._index = bm25s.BM25(k1=k1, b=b)
