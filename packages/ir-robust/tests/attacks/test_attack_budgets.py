@@ -112,8 +112,12 @@ def test_signs_go_with_words_that_are_added_or_deleted() -> None:
     assert check_budget("one two, three", "zero: one two, three", budget)
     assert check_budget("one two, three", "one, three", budget)
     assert check_budget("one (two) three", "one three. Four!", budget)
-    with pytest.raises(BudgetExceededError, match="brought in ' ☃ '"):
-        check_budget("one two", "zero ☃ one two", budget)
+    assert check_budget("5% off", "5% off at 1/2", WordBudget(0.0, insertions=3))
+    assert check_budget("rose 5%", Words.of("rose 5%").with_inserted(2, ["again"]).text, budget)
+    with pytest.raises(BudgetExceededError, match="brought in ' ☃☃☃☃☃ '"):
+        check_budget("one two", "zero ☃☃☃☃☃ one two", budget)
+    with pytest.raises(BudgetExceededError, match="brought in '☃'"):
+        check_budget("one two three", "☃two three", budget)
 
 
 def test_ranks_among_equals() -> None:
