@@ -164,7 +164,7 @@ def importance(run: SearchRun, order: Order, *, blank: int | None = None) -> Ten
     if order == "deletion":
         row, slot = (usable & run_mask(run, active)[:, None]).nonzero(as_tuple=True)
         ids = space.ids[row].clone()
-        ids[torch.arange(len(row), device=run.device), space.where[row, slot]] = blank or 0
+        ids[torch.arange(len(row), device=run.device), space.where[row, slot]] = 0 if blank is None else blank
         losses = run.probe(row, ids) - run.best_loss[row]
         value = torch.zeros_like(value).index_put((row, slot), losses.nan_to_num(posinf=-torch.inf).abs())
     return value.masked_fill(~usable, -torch.inf)
@@ -223,6 +223,8 @@ class Beam(TokenSearch):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         check_count("n_sweeps", self.n_sweeps)
+        if self.blank is not None:
+            check_count("blank", self.blank, low=0)
         if self.order == "deletion" and self.blank is None:
             raise ValueError("blank=None: order='deletion' needs the token that stands for nothing (mask, filling)")
 
@@ -230,6 +232,8 @@ class Beam(TokenSearch):
         """Raise ValueError where the order needs gradients that the problem does not offer."""
         if self.order == "gradient" and problem.embedded is None:
             raise ValueError("order='gradient' needs the problem's embedded and embedding; else use 'deletion'")
+        if self.blank is not None and problem.embedding is not None and self.blank >= len(problem.embedding):
+            raise ValueError(f"blank={self.blank}: embedding has {len(problem.embedding)} rows")
 
     def search(self, run: SearchRun) -> None:
         """Extend round by round."""

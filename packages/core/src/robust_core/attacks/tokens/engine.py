@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,8 +38,9 @@ class TokenSearch:
         stop_at_success: nothing more is done for a text once it succeeded. If False, its loss is lowered further
             (without a judge: what a judge accepted is never exchanged).
         check_every: steps between two looks of the judge.
-        padding: fill small batches up (to 16 rows at least), so that a text's answer has the same bits in any company.
-            Turn it off for large models, where a batch of one costs a sixteenth of that.
+        padding: fill small batches of embeddings up (to 16 rows at least), so that a text's answer has the same bits in
+            any company. Turn it off for large models, where a batch of one costs a sixteenth of that. ``loss`` is
+            asked about nothing but the texts that are counted.
     """
 
     batch_size: int = 256
@@ -267,14 +269,15 @@ class SearchRun:
     def _mean(self, function: Loss | None, x: Tensor, text: Tensor, step: int) -> Tensor:
         assert function is not None
         n = len(text)
-        if self.settings.padding:
+        if self.settings.padding and x.is_floating_point():
             x, text = padded(x), padded(text)
         if not self.problem.stochastic:
-            return _checked_losses(function(x, text), len(x))[:n]
-        draws = range(step * self.problem.n_draws, (step + 1) * self.problem.n_draws)
-        total = sum(_checked_losses(function(x, text, draw), len(x))[:n] for draw in draws)
-        assert isinstance(total, Tensor)
-        return total / self.problem.n_draws
+            return _checked_losses(function(x, text), x)[:n]
+        first = step * self.problem.n_draws
+        total = _checked_losses(function(x, text, first), x)
+        for draw in range(first + 1, first + self.problem.n_draws):
+            total = total + _checked_losses(function(x, text, draw), x)
+        return total[:n] / self.problem.n_draws
 
     def _embed(self, ids: Tensor) -> Tensor:
         assert self.problem.embedding is not None
@@ -419,11 +422,13 @@ _NO_GRADIENT = (
 )
 
 
-def _checked_losses(losses: Any, n: int) -> Tensor:
+def _checked_losses(losses: Any, like: Tensor) -> Tensor:
+    n = len(like)
+    losses = torch.from_numpy(losses) if isinstance(losses, np.ndarray) else losses
     if not isinstance(losses, Tensor) or losses.shape != (n,):
         shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(f"the loss returned {shape} for {n} texts; one number for each, ({n},), is needed")
-    return losses.double().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return losses.to(like.device, torch.float64).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def put(x: Tensor, where: Tensor, values: Tensor) -> Tensor:

@@ -189,32 +189,29 @@ class NearestPGD(GradientSearch):
     def search(self, run: SearchRun) -> None:
         """Perturb, replace, keep what helps."""
         where = chosen_slots(run)
-        embedding = run.problem.embedding
-        assert embedding is not None  # what `check` refuses
-        unit = float(torch.linalg.vector_norm(embedding.detach().float(), dim=1).mean())
+        everyone = torch.arange(len(run), device=run.device)
+        options = options_of(run, everyone, where)
+        unit = float(torch.linalg.vector_norm(options.embedding, dim=1, dtype=torch.float64).mean())
         step = 0
         for _ in range(self.n_rounds):
             row = run.active()
             row = row[(where[row] >= 0).any(1)]
             if not len(row):
                 return
-            points, row, step = self._perturbed(run, row, where, unit, step)
+            points, row, step = self._perturbed(run, options, row, unit, step)
             if not len(row):
                 return
-            options = options_of(run, row, where[row])
-            present = run.best_ids[row].gather(1, options.where.clamp(min=0))
-            column = options.nearest(points, metric=self.metric, other_than=present)
-            step = self._replaced(run, options, column, step)
+            some = options.select(row)
+            present = run.best_ids[row].gather(1, some.where.clamp(min=0))
+            column = some.nearest(points, metric=self.metric, other_than=present)
+            step = self._replaced(run, some, column, step)
 
     def _perturbed(
-        self, run: SearchRun, row: Tensor, where: Tensor, unit: float, step: int
+        self, run: SearchRun, options: Options, row: Tensor, unit: float, step: int
     ) -> tuple[Tensor, Tensor, int]:
         """Return where the vectors went, of which texts, after how many steps in all."""
-        embedding = run.problem.embedding
-        assert embedding is not None
-        base = run.best_ids.clone()
-        tokens = base.gather(1, where.clamp(min=0))
-        start = embedding.detach()[tokens].float()
+        base, where = run.best_ids.clone(), options.where
+        start = options.vectors(base.gather(1, where.clamp(min=0)))
         points = start.clone()
         for _ in range(self.n_steps):
             row = row[run_mask(run, run.active())[row]]

@@ -87,6 +87,11 @@ class Options:
         listed = self.space.table[self._table_row] == token[..., None]
         return torch.cat([listed, (self._own_token == token)[..., None]], 2)
 
+    def vectors(self, token: Tensor) -> Tensor:
+        """Return (..., D) embeddings of tokens (...) in at least single precision: what moves in small steps."""
+        vectors = self.embedding[token]
+        return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+
     def write(self, ids: Tensor, column: Tensor) -> Tensor:
         """Return ``ids`` (b, T) with the tokens of columns (b, m) in the slots."""
         row, slot = (self.where >= 0).nonzero(as_tuple=True)
@@ -133,7 +138,8 @@ class Options:
             metric: ``"cosine"`` or ``"euclidean"``.
             other_than: (b, m) tokens to pass over.
         """
-        norm = torch.linalg.vector_norm(self.embedding.float(), dim=1) if self._norm is None else self._norm
+        work = torch.promote_types(self.embedding.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(self.embedding, dim=1, dtype=work) if self._norm is None else self._norm
         self._norm = norm
         length = torch.cat([norm[self.space.table.clamp(min=0)][self._table_row], norm[self._own_token][..., None]], 2)
         score = self.scores(points)

@@ -21,9 +21,9 @@ class TokenProblem:
     """What the attacker may write and what he wants: the lowest loss.
 
     ``text`` in the signatures is (n,) int64, the text of the space that each row is an edit of (to look up its query,
-    its target image ...). Losses are (n,), row by row. With ``stochastic`` both functions take a third argument
-    ``draw``, an int: equal draws must use equal noise for one text, different ones fresh noise (a diffusion model draws
-    its time and noise from ``(text, draw)``).
+    its target image ...). Losses are (n,), row by row, of any float dtype; numpy arrays will do without gradients. With
+    ``stochastic`` both functions take a third argument ``draw``, an int: equal draws must use equal noise for one text,
+    different ones fresh noise (a diffusion model draws its time and noise from ``(text, draw)``).
 
     Args:
         space: the texts that may be written.
@@ -82,7 +82,8 @@ class TokenAttackResult:
     """What a search found.
 
     Attributes:
-        ids: (B, T) int64: the first success, else the text of lowest loss that was met; always inside the space.
+        ids: (B, T) int64, always inside the space: where the attack succeeded, the best text of the round in which it
+            first did; elsewhere the text of lowest loss that was met.
         loss: (B,) float64 at ``ids``, as measured when it was kept; NaN where no query was allowed.
         initial_loss: (B,) float64 at the original text.
         success: (B,) bool: the goal is met and the judge, where there is one, agrees. False without goal and judge.

@@ -229,7 +229,7 @@ class Projected(Relaxed):
     def begin(self, run: SearchRun, options: Options) -> Rows:
         """Return the first vectors: those of tokens."""
         column = random_columns(run, options, "projected start") if self.init == "random" else options.own
-        return adam_state(options.embedding[options.tokens(column)].float())
+        return adam_state(options.vectors(options.tokens(column)))
 
     def columns(self, options: Options, state: Rows) -> Tensor:
         """Return the nearest tokens."""

@@ -99,10 +99,10 @@ class SoftTokens:
         everyone = torch.arange(len(run), device=run.device)
         options = options_of(run, everyone, run.space.where)
         if isinstance(self.init, Tensor):
-            start = self.init[rows].float()
+            start = self.init[rows].to(torch.promote_types(self.init.dtype, torch.float32))
         else:
             column = random_columns(run, options, "soft start") if self.init == "random" else options.own
-            start = options.embedding[options.tokens(column)].float()
+            start = options.vectors(options.tokens(column))
         start = torch.where((options.where >= 0)[..., None], start, 0)
         state, trace = adam_state(start), []
         best, loss = start.clone(), torch.full_like(run.best_loss, torch.inf)

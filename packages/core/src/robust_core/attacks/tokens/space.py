@@ -205,6 +205,13 @@ class TokenSpace:
         count = listed[self.slots.clamp(min=0)] - (self.rank_of_own < self.table.shape[1]).to(torch.int64)
         return torch.where(self.slots >= 0, count, 0)
 
+    @cached_property
+    def _listed(self) -> Tensor:
+        """(V + 2,) bool, of a table of one row: whether a token stands in it; the last two never do (-1, too large)."""
+        listed = torch.zeros(int(self.table.max()) + 3, dtype=torch.bool, device=self.ids.device)
+        listed[self.table[0][self.table[0] >= 0]] = True
+        return listed
+
     def alternative(self, text: Tensor, place: Tensor, number: Tensor) -> Tensor:
         """Return (n,) tokens: the ``number``-th other than the original that may stand at ``place`` of ``text``."""
         column = number + (number >= self.rank_of_own[text, place]).to(torch.int64)
@@ -227,9 +234,7 @@ class TokenSpace:
         row, place = changed.nonzero(as_tuple=True)
         slot, token = self.slots[text[row], place], ids[row, place]
         if len(self.table) == 1:
-            known = torch.zeros(int(self.table.max()) + 2, dtype=torch.bool, device=ids.device)
-            known[self.table[0][self.table[0] >= 0]] = True
-            listed = known[token.clamp(max=len(known) - 1)]
+            listed = self._listed[token.clamp(min=-1, max=len(self._listed) - 2)]
         else:
             listed = (self.table[slot.clamp(min=0)] == token[:, None]).any(1)
         wrong = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
@@ -248,6 +253,8 @@ class TokenSpace:
             object.__setattr__(chosen, name, value)
         for name in ("where", "n_alternatives", "rank_of_own", "_alternatives_by_place"):
             chosen.__dict__[name] = getattr(self, name)[rows]
+        if len(self.table) == 1:
+            chosen.__dict__["_listed"] = self._listed
         return chosen
 
 
