@@ -1,0 +1,382 @@
+"""The smoothed ranker: the mean score of a document whose words are drawn anew from their sets.
+
+    g(q, d) = E f(q, z),   z_i ~ Unif(P_{w_i}) independently,   f = squash(score) in [0, 1]
+
+Words that have a set of more than themselves are written in lower case in every draw, so that nothing of g depends on
+capitals; all else of the text stays to the letter. Draws are made *before* any tokeniser sees the text, so truncation
+cannot be moved by an attack behind the certificate's back.
+
+Samples: number ``i`` of a document depends on the seed, the query, the text and ``i`` alone, not on batches, on other
+documents or on how many samples follow. f is rounded down to multiples of 2**-20 (that *is* the f certified and
+deployed), so sums are exact in any order. A :class:`~ir_robust.rankers.base.WordRanker` is asked by word numbers, on
+its own device, and no text is written; any other ranker gets texts. Where a document has no more variants than samples
+were asked for, each is scored once and the mean is exact.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ir_robust.rankers.base import Ranker, WordRanker, as_ranker, scores_of
+from ir_robust.tables import PerturbationTable
+from ir_robust.text import Words
+from robust_core.checks import check_count, check_number
+from robust_core.random import SampleStreams, Seed, derive, resolve_seed
+
+__all__ = ["LEVELS", "NoiseAugment", "SmoothedRanker", "SmoothedScores", "Squash", "Tally"]
+
+LEVELS = 2**20
+"""Squashed scores are rounded down to multiples of 1 / LEVELS."""
+MOST = 8192
+"""Noisy documents in one call: squares of as many levels sum up to 2**53 at most."""
+
+
+@dataclass(frozen=True)
+class Squash:
+    """The map from scores to [0, 1]: ``1 / (1 + exp(-(score - centre) / temperature))``, fixed before certification.
+
+    A temperature far below the spread of scores saturates and closes the gaps between documents.
+    """
+
+    centre: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("centre", self.centre)
+        check_number("temperature", self.temperature, low=0.0, open_low=True)
+
+    @classmethod
+    def of(cls, scores: Iterable[float] | np.ndarray) -> Squash:
+        """Return the map that takes the 5 % and 95 % quantiles of some scores about to 0.05 and 0.95.
+
+        Scores of *other* queries, or of a clean run: it must be fixed before anything is drawn.
+        """
+        values = np.asarray(list(scores), dtype=np.float64)
+        if not len(values) or not np.isfinite(values).all():
+            raise ValueError("scores: at least one, and finite ones, are needed")
+        low, high = np.quantile(values, [0.05, 0.95])
+        return cls(float(low + high) / 2, float(max((high - low) / (2 * math.log(19.0)), 1e-6)))
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Return squashed scores."""
+        return torch.sigmoid((scores - self.centre) / self.temperature)
+
+
+@dataclass
+class Tally:
+    """What is known of a document after some samples, in exact units of 1 / LEVELS.
+
+    Attributes:
+        n: samples so far.
+        total: sum of f.
+        square: sum of its squares.
+        exact: all variants were scored, so the mean is g itself.
+    """
+
+    n: int = 0
+    total: int = 0
+    square: int = 0
+    exact: bool = False
+
+    @property
+    def mean(self) -> float:
+        """Mean of f."""
+        return self.total / (max(self.n, 1) * LEVELS)
+
+    @property
+    def var(self) -> float:
+        """Unbiased variance of f, from whole numbers; 0 where the mean is exact."""
+        if self.exact or self.n < 2:
+            return 0.0
+        return (self.n * self.square - self.total**2) / (self.n * (self.n - 1) * LEVELS**2)
+
+    def copy(self) -> Tally:
+        """Return the tally as it stands."""
+        return replace(self)
+
+    def since(self, earlier: Tally) -> Tally:
+        """Return the samples after ``earlier``, which are independent of those before; exact means stay exact."""
+        if self.exact:
+            return self.copy()
+        return Tally(self.n - earlier.n, self.total - earlier.total, self.square - earlier.square)
+
+
+@dataclass(frozen=True)
+class SmoothedScores:
+    """Estimates of g for the documents of a query.
+
+    Attributes:
+        mean: (N,) sample means in [0, 1].
+        var: (N,) unbiased sample variances.
+        n: (N,) samples.
+        exact: (N,) bool: the mean is g itself, no estimate.
+        n_queries: scores asked of the ranker.
+    """
+
+    mean: np.ndarray
+    var: np.ndarray
+    n: np.ndarray
+    exact: np.ndarray
+    n_queries: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "var", "n", "exact"):
+            value = np.asarray(getattr(self, name))
+            if value.shape != np.shape(self.mean) or value.ndim != 1:
+                raise ValueError(f"{name} has shape {value.shape}; ({len(self.mean)},) is needed")
+            object.__setattr__(self, name, value)
+        if not ((self.mean >= 0) & (self.mean <= 1)).all():  # NaN too
+            raise ValueError("mean: smoothed scores lie in [0, 1]; squash the ranker's scores first")
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.mean)
+
+    @classmethod
+    def closed_form(cls, mean: Sequence[float] | np.ndarray) -> SmoothedScores:
+        """Return scores that are known without sampling."""
+        mean = np.asarray(mean, dtype=np.float64)
+        whole = np.ones(len(mean), dtype=np.int64)
+        return cls(mean, np.zeros(len(mean)), whole, whole.astype(bool))
+
+    @classmethod
+    def of(cls, tallies: Sequence[Tally]) -> SmoothedScores:
+        """Return the estimates of tallies."""
+        columns = [(t.mean, t.var, t.n, t.exact) for t in tallies]
+        mean, var, n, exact = (np.array(column) for column in zip(*columns, strict=True))
+        return cls(mean, var, n, exact, int(n.sum()))
+
+
+class SmoothedRanker:
+    """A ranker whose scores are means over noisy documents; itself a :class:`~ir_robust.rankers.base.Ranker`.
+
+    Args:
+        ranker: any ranker, or a callable ``(query, docs) -> scores``.
+        table: what words are drawn from.
+        n_samples: draws for each document.
+        squash: map of its scores to [0, 1]; None for a ranker whose scores lie there already.
+        batch_size: noisy documents in one call of the ranker, at most 8,192; None takes 1,024 for rankers by word
+            numbers and 64 for others.
+        generator: seed. Draw it anew, and keep it, where the ranker is deployed.
+    """
+
+    def __init__(
+        self,
+        ranker: Any,
+        table: PerturbationTable,
+        n_samples: int = 1000,
+        *,
+        squash: Squash | Callable[[Tensor], Tensor] | None = Squash(),
+        batch_size: int | None = None,
+        generator: Seed = None,
+    ) -> None:
+        self.ranker: Ranker = as_ranker(ranker)
+        self.table, self.squash = table, squash
+        self.n_samples = check_count("n_samples", n_samples)
+        usual = 1024 if isinstance(self.ranker, WordRanker) else 64
+        self.batch_size = min(usual if batch_size is None else check_count("batch_size", batch_size), MOST)
+        self.seed = resolve_seed(generator)
+        self._numbers: dict[str, tuple[int, ...]] = {}
+
+    def score(self, query: str, docs: Sequence[str]) -> np.ndarray:
+        """Return (N,) estimates of g, float64."""
+        return self(query, docs).mean
+
+    def __call__(self, query: str, docs: Sequence[str], *, n_samples: int | None = None) -> SmoothedScores:
+        """Return the estimates of g for documents.
+
+        Args:
+            query: the query.
+            docs: N texts.
+            n_samples: instead of the ranker's own.
+
+        Raises:
+            ValueError: scores outside [0, 1] where there is no squash, NaN, infinity.
+        """
+        n = self.n_samples if n_samples is None else check_count("n_samples", n_samples)
+        if not len(docs):
+            return SmoothedScores.closed_form([])
+        return SmoothedScores.of([self.sampler(query, doc).extend(n) for doc in docs])
+
+    def sampler(self, query: str, doc: str) -> Sampler:
+        """Return what draws and scores variants of one document, as many as are wanted."""
+        return Sampler(self, query, doc)
+
+    def variants(self, query: str, doc: str, start: int, stop: int) -> list[str]:
+        """Return the texts of samples ``start .. stop - 1``, as any ranker but one by words gets them."""
+        return self.sampler(query, doc).texts(start, stop)
+
+    def numbers(self, word: str) -> tuple[int, ...]:
+        """Return the ranker's numbers of the words of P_w."""
+        known = self._numbers.get(word)
+        if known is None:
+            known = tuple(self.ranker.vocabulary.ids(self.table.support(word)))  # pyright: ignore[reportAttributeAccessIssue]
+            self._numbers[word] = known
+        return known
+
+    def levels(self, scores: Tensor | np.ndarray) -> Tensor:
+        """Return f as whole numbers 0 .. LEVELS, float64, from the ranker's scores."""
+        values = torch.as_tensor(scores).double()
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError("ranker: a score of a noisy document is NaN or infinite; no mean can be certified")
+        if self.squash is not None:
+            values = self.squash(values).double()
+        if values.numel() and not (float(values.min()) >= 0.0 and float(values.max()) <= 1.0):
+            raise ValueError(
+                f"ranker: scores in [{float(values.min()):g}, {float(values.max()):g}]; certificates need [0, 1]: "
+                "give squash=Squash(centre, temperature)"
+            )
+        return torch.floor(values * LEVELS)
+
+
+class Sampler:
+    """Draws variants of one document and adds up their scores."""
+
+    def __init__(self, smoothed: SmoothedRanker, query: str, doc: str) -> None:
+        self.smoothed, self.query, self.doc = smoothed, query, doc
+        self.words = Words.of(doc)
+        table, words = smoothed.table, self.words.words
+        supports = [table.support(word) for word in words]
+        self.free = [i for i, support in enumerate(supports) if len(support) > 1]
+        self.supports = [supports[i] for i in self.free]
+        self.tally = Tally()
+        self._seed = derive(smoothed.seed, "certdr", query, doc)
+        self._by_number = isinstance(smoothed.ranker, WordRanker)
+        if self._by_number:
+            self._prepare(words)
+
+    def _prepare(self, words: Sequence[str]) -> None:
+        """Put the numbers of the words, and of those that may stand for them, where the ranker is."""
+        ranker: Any = self.smoothed.ranker
+        device = _device(ranker)
+        self._base = torch.tensor(ranker.vocabulary.ids(words), dtype=torch.int64, device=device)
+        columns = [self.smoothed.numbers(words[i]) for i in self.free]
+        flat = list(itertools.chain.from_iterable(columns))
+        sizes = [len(column) for column in columns]
+        starts = list(itertools.accumulate(sizes, initial=0))[:-1]
+        self._flat = torch.tensor(flat, dtype=torch.int64, device=device)
+        self._starts = torch.tensor(starts, dtype=torch.int64, device=device)
+        self._sizes = torch.tensor(sizes, dtype=torch.int64, device=device)
+        self._free = torch.tensor(self.free, dtype=torch.int64, device=device)
+
+    @property
+    def n_variants(self) -> float:
+        """How many different variants there are, infinity beyond 2**60."""
+        bits = sum(math.log2(len(support)) for support in self.supports)
+        return math.prod(map(len, self.supports)) if bits < 60 else math.inf
+
+    def extend(self, n_samples: int) -> Tally:
+        """Draw until there are ``n_samples`` in all, or all variants where those are fewer; return the tally."""
+        if self.tally.exact:
+            return self.tally
+        if self.tally.n == 0 and self.n_variants <= n_samples:
+            return self.enumerate()
+        size = self.smoothed.batch_size
+        while self.tally.n < n_samples:
+            stop = min(self.tally.n + size, n_samples)
+            self._add(self._scores(self.tally.n, stop))
+        return self.tally
+
+    def enumerate(self, limit: int = 1_000_000) -> Tally:
+        """Score every variant once: g itself.
+
+        Raises:
+            ValueError: there are more than ``limit``.
+        """
+        if self.n_variants > limit:
+            raise ValueError(f"the document has {self.n_variants:g} variants; at most {limit} are scored one by one")
+        self.tally = Tally()
+        choices = itertools.product(*(range(len(support)) for support in self.supports))
+        while block := list(itertools.islice(choices, self.smoothed.batch_size)):
+            picks = np.array(block, dtype=np.int64).reshape(len(block), len(self.free))
+            self._add(self._scores_of(torch.from_numpy(picks)))
+        self.tally.exact = True
+        return self.tally
+
+    def _add(self, scores: Tensor) -> None:
+        # whole numbers below 2**53, so the sums are exact in any order; one transfer from the device
+        total, square = torch.stack([scores.sum(), scores.square().sum()]).tolist()
+        self.tally.n += len(scores)
+        self.tally.total += int(total)
+        self.tally.square += int(square)
+
+    def picks(self, start: int, stop: int) -> Tensor:
+        """Return (stop - start, F) which member of its set each free word becomes in samples ``start .. stop - 1``."""
+        device = self._sizes.device if self._by_number else torch.device("cpu")
+        sizes = self._sizes if self._by_number else torch.tensor([len(s) for s in self.supports], dtype=torch.int64)
+        streams = SampleStreams(self._seed, torch.arange(start, stop, device=device), "words")
+        return streams.integers(sizes, (len(self.free),))
+
+    def _scores(self, start: int, stop: int) -> Tensor:
+        return self._scores_of(self.picks(start, stop))
+
+    def _scores_of(self, picks: Tensor) -> Tensor:
+        ranker: Any = self.smoothed.ranker
+        if self._by_number:
+            words = self._base.repeat(len(picks), 1)
+            words[:, self._free] = self._flat[self._starts + picks.to(self._starts.device)]
+            with torch.no_grad():
+                return self.smoothed.levels(ranker.score_words(self.query, words))
+        texts = self._texts(picks)
+        return self.smoothed.levels(scores_of(ranker, self.query, texts, batch_size=self.smoothed.batch_size))
+
+    def texts(self, start: int, stop: int) -> list[str]:
+        """Return the texts of samples ``start .. stop - 1``."""
+        return self._texts(self.picks(start, stop))
+
+    def _texts(self, picks: Tensor) -> list[str]:
+        pieces: list[str] = [self.words.gaps[0]]
+        for surface, gap in zip(self.words.surfaces, self.words.gaps[1:], strict=True):
+            pieces += (surface, gap)
+        found = []
+        for row in picks.tolist():
+            for position, support, choice in zip(self.free, self.supports, row, strict=True):
+                pieces[2 * position + 1] = support[choice]
+            found.append("".join(pieces))
+        return found
+
+
+def _device(ranker: Any) -> torch.device:
+    """Return where a ranker's parameters are."""
+    if isinstance(ranker, nn.Module):
+        first = next(itertools.chain(ranker.parameters(), ranker.buffers()), None)
+        if first is not None:
+            return first.device
+    return torch.device("cpu")
+
+
+class NoiseAugment:
+    """Training documents with each word drawn anew from its set: the hook by which a ranker learns to bear the noise.
+
+    The paper makes one perturbed copy of the corpus, once: ``docs = NoiseAugment(table, generator=0)(docs)``. Copies
+    of other numbers are made by ``copy=1, 2, ...``, e.g. one for each epoch.
+
+    Args:
+        table: what words are drawn from.
+        generator: seed; a document's draw depends on it, on the document's number and on the copy.
+    """
+
+    def __init__(self, table: PerturbationTable, *, generator: Seed = None) -> None:
+        self.table, self.seed = table, resolve_seed(generator)
+
+    def text(self, docno: str, text: str, *, copy: int = 0) -> str:
+        """Return one document with its words drawn anew."""
+        words = Words.of(text)
+        supports = [self.table.support(word) for word in words.words]
+        sizes = torch.tensor([[len(support) for support in supports]], dtype=torch.int64)
+        streams = SampleStreams(derive(self.seed, docno), torch.tensor([copy]), "noise augmentation")
+        picks = streams.integers(sizes, (len(supports),))[0].tolist()
+        drawn = [s[i] if len(s) > 1 else None for s, i in zip(supports, picks, strict=True)]
+        return words.lowered(drawn)
+
+    def __call__(self, docs: Mapping[str, str], *, copy: int = 0) -> dict[str, str]:
+        """Return a copy of a corpus."""
+        return {docno: self.text(docno, text, copy=copy) for docno, text in docs.items()}
