@@ -69,8 +69,16 @@ class WordModel(nn.Module):
 
     def numbers(self, texts: Iterable[str]) -> Tensor:
         """Return (B, M) words of texts, on the model's device."""
-        rows = [self.vocabulary.ids(Words.of(text).words) for text in texts]
-        return padded(rows).to(self.vectors.device)
+        return padded([self.prepare(text) for text in texts]).to(self.vectors.device)
+
+    def prepare(self, text: str) -> list[int]:
+        """Return the numbers of a text's words: what training works out once for each text."""
+        return self.vocabulary.ids(Words.of(text).words)
+
+    def inputs(self, queries: Sequence[list[int]], docs: Sequence[list[int]]) -> dict[str, Tensor]:
+        """Return the arguments of :meth:`forward` for pairs of prepared texts."""
+        device = self.vectors.device
+        return {"query": padded(queries).to(device), "words": padded(docs).to(device)}
 
     def score_words(self, query: str, words: Tensor) -> Tensor:
         """Return (B,) scores of (B, M) documents."""
