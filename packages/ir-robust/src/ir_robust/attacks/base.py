@@ -23,7 +23,17 @@ from robust_core.checks import check_count, check_number
 from robust_core.errors import BudgetExceededError
 from robust_core.random import Seed, derive, resolve_seed
 
-__all__ = ["DocumentAttack", "DocumentResult", "Edit", "WordBudget", "attack_list", "rank_among"]
+__all__ = [
+    "DocumentAttack",
+    "DocumentResult",
+    "Edit",
+    "WordBudget",
+    "align",
+    "attack_list",
+    "check_budget",
+    "edits_between",
+    "rank_among",
+]
 
 
 @dataclass(frozen=True)
@@ -115,10 +125,10 @@ def rank_among(scores: Mapping[str, float], docno: str, score: float | None = No
 
 def edits_between(before: str, after: str) -> tuple[Edit, ...]:
     """Return the fewest edits that make the words of one text those of another."""
-    return _align(Words.of(before).words, Words.of(after).words)[0]
+    return align(Words.of(before).words, Words.of(after).words)[0]
 
 
-def _align(
+def align(
     old: Sequence[str], new: Sequence[str], substitution: int = 1, deletion: int = 1
 ) -> tuple[tuple[Edit, ...], list[tuple[int, int]]]:
     """Return the cheapest edits, where an insertion costs 1, and the (old, new) positions opposite each other.
@@ -166,15 +176,22 @@ def check_budget(before: str, after: str, budget: WordBudget) -> tuple[Edit, ...
     old, new = Words.of(before), Words.of(after)
     allowed = budget.words(len(old))
     dear = len(old) + len(new) + 1
-    for substitution, deletion in ((1, dear), (1, 1), (dear, dear)):
-        edits, opposite = _align(old.words, new.words, substitution, deletion)
-        changed, added = sum(1 for e in edits if e.old), sum(1 for e in edits if not e.old)
-        if changed <= allowed and added <= budget.insertions:
-            _check_rest(old, new, opposite)
-            return edits
-    raise BudgetExceededError(
-        f"the attack changed {changed} words of {allowed} allowed and added {added} of {budget.insertions}"
-    )
+    trouble: BudgetExceededError | None = None
+    # by words; and as written, since an added "the" before "The" must not be taken for it
+    for one, other in ((old.words, new.words), (old.surfaces, new.surfaces)):
+        for substitution, deletion in ((1, dear), (1, 1), (dear, dear)):
+            edits, opposite = align(one, other, substitution, deletion)
+            changed, added = sum(1 for e in edits if e.old), sum(1 for e in edits if not e.old)
+            told = f"the attack changed {changed} words of {allowed} allowed and added {added} of {budget.insertions}"
+            if changed <= allowed and added <= budget.insertions:
+                try:
+                    _check_rest(old, new, opposite)
+                except BudgetExceededError as error:
+                    trouble = trouble or error
+                    continue
+                return tuple(Edit(e.position, e.old.lower(), e.new.lower()) for e in edits)
+            trouble = trouble or BudgetExceededError(told)
+    raise trouble or BudgetExceededError("no reading of the edits fits the budget")
 
 
 SIGNS = 4
