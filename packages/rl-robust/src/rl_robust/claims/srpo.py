@@ -16,7 +16,7 @@ Sizes were chosen by time, on other seeds, beta of the repair after one such see
 World (4) and the closed half of (2) were added, and their statements fixed, after three seeds of the rest had shown
 revisions that made answers worse, and after a pilot on seed 1001 (its beta of 0.2 and its three digits come from it).
 
-Why revisions made answers worse in world (3). (a) No method could have passed: at SRPO's exact optimum there the writer
+Why revisions made answers worse in world (3). (a) The exact optimum itself would have failed: there the writer
 has 97 % of the digits right, and two revisions take 1 point away. A reviser whose reference does not look at the answer
 it is shown writes a new one, tilted by p(y' > y) / beta about as the writer is; it improves on none. Where the
 reference edits, revisions pay at the optimum: both are gates here. (b) The rest leaked: the loss is blind to

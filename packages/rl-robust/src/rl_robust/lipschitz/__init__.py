@@ -8,9 +8,11 @@ size zeta, and the curve over alpha from which to choose.
 
 =======================  ==========================================================================================
 :mod:`.policies`         network (orthogonal layers, MaxMin), linear (clipped singular values), graph (extension)
-:mod:`.graph`            all pairs ``|v_i - v_j| <= alpha |x_i - x_j|`` with a duality gap; an explicit extension
+:mod:`.graph`            all pairs ``|v_i - v_j| <= alpha |x_i - x_j|`` with a duality gap; an explicit extension;
+                         from the pairs of nearest neighbours where there are many points
 :mod:`.cloning`          :func:`fit_lipschitz_policy`, :func:`collect_demonstrations`, :func:`tradeoff`
 :mod:`.bounds`           learning error, fill distance and its tail, closed loop, regret, deterioration
+:mod:`.files`            policies on disk, certified again when they are read
 :mod:`.measurement`      attacks on measurements: adjoint sweeps, gradient steps through a model, bang-bang
 =======================  ==========================================================================================
 
@@ -21,7 +23,7 @@ the units of what the policy sees: put scalings into the task's frozen normalise
 A smaller constant is *not* always more robust: on a plant with little damping of its own a low gain is slow and
 accumulates errors. Look at the curve (:func:`tradeoff`), never at one alpha.
 
-Left out: k-nearest-neighbour graphs (all pairs are checked, up to 2,000 points), gradient penalties (no certificate).
+Left out: gradient penalties (no certificate).
 """
 
 from rl_robust.lipschitz.bounds import (
@@ -42,9 +44,11 @@ from rl_robust.lipschitz.cloning import (
     collect_demonstrations,
     fit_lipschitz_policy,
     largest_slope,
+    policy_folder,
     residual_max,
     tradeoff,
 )
+from rl_robust.lipschitz.files import load_policy, save_policy
 from rl_robust.lipschitz.graph import GraphValues, extend, lipschitz_values
 from rl_robust.lipschitz.measurement import BangBang, ModelAttack, WorstCase, linear_model, worst_measurements
 from rl_robust.lipschitz.policies import GraphLipschitzPolicy, LinearLipschitzPolicy, LipschitzPolicy, MaxMin
@@ -73,8 +77,11 @@ __all__ = [
     "learning_error_bound",
     "linear_model",
     "lipschitz_values",
+    "load_policy",
+    "policy_folder",
     "regret_bound",
     "residual_max",
+    "save_policy",
     "stability_constants",
     "tradeoff",
     "uniform_box",

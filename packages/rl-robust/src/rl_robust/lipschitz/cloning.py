@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rl_robust.attacks import MaximalActionDifference, RandomNoise
+from rl_robust.lipschitz.files import AnyLipschitzPolicy, save_policy
 from rl_robust.lipschitz.graph import lipschitz_values
 from rl_robust.lipschitz.measurement import BangBang
 from rl_robust.lipschitz.policies import GraphLipschitzPolicy, LinearLipschitzPolicy, LipschitzPolicy, clip_gain
@@ -22,6 +26,7 @@ from rl_robust.policy import as_policy
 from rl_robust.rollout import collect
 from rl_robust.task import Task
 from robust_core.checks import check_choice, check_count, check_finite, check_number
+from robust_core.io import read_json, write_json
 from robust_core.models import frozen
 from robust_core.random import Seed, derive, resolve_seed
 from robust_core.threats import L2
@@ -35,6 +40,7 @@ __all__ = [
     "collect_demonstrations",
     "fit_lipschitz_policy",
     "largest_slope",
+    "policy_folder",
     "residual_max",
     "tradeoff",
 ]
@@ -43,8 +49,6 @@ GRID = (0.1, 0.25, 0.5, 0.75, 0.9, 1.0, 1.25, 2.0)
 """Multiples of the expert's estimated constant that :func:`tradeoff` tries."""
 SHY = 1 - 1e-8
 """A gain is clipped a hair below the bound, so that its norm, rounded up, is within it."""
-
-AnyLipschitzPolicy = LipschitzPolicy | LinearLipschitzPolicy | GraphLipschitzPolicy
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ def fit_lipschitz_policy(
     n_steps: int = 2_000,
     lr: float = 1e-3,
     batch_size: int | None = None,
+    neighbours: int | None = None,
     generator: Seed = None,
     **training: Any,
 ) -> AnyLipschitzPolicy:
@@ -162,7 +167,8 @@ def fit_lipschitz_policy(
         x: (N, n) observations.
         u: (N, m) actions of the expert.
         lipschitz: the paper's alpha.
-        solver: ``"network"``; ``"graph"`` (convex, any function, up to 2,000 points); ``"linear"`` (convex).
+        solver: ``"network"``; ``"graph"`` (convex, any function, up to 2,000 points, more with ``neighbours``);
+            ``"linear"`` (convex).
         action_space: actions are cut to it.
         loss: of the network; graph and linear minimise squares.
         hidden: widths of the network.
@@ -170,6 +176,7 @@ def fit_lipschitz_policy(
         n_steps: of Adam.
         lr: its first rate, which falls as a cosine.
         batch_size: full batches when None.
+        neighbours: of the graph solver: start from so many nearest pairs instead of all, for large data.
         generator: seed of the network.
         **training: more for :func:`robust_core.training.fit` (``checkpoint``, ``on_step``, ``log`` …).
 
@@ -182,7 +189,7 @@ def fit_lipschitz_policy(
     if solver != "network" and (loss != "mse" or training):
         raise ValueError(f"solver={solver!r} minimises squares; loss and settings of training are for the network")
     if solver == "graph":
-        found = lipschitz_values(wide_x, wide_u, lipschitz)
+        found = lipschitz_values(wide_x, wide_u, lipschitz, neighbours=neighbours)
         return GraphLipschitzPolicy(found.x, found.v, lipschitz=lipschitz, action_space=action_space)
     if solver == "linear":
         gain = _linear(wide_x, wide_u, lipschitz)
@@ -272,6 +279,7 @@ def tradeoff(
     attacks: Callable[[float], Mapping[str, ObservationAttack]] | None = None,
     n_episodes: int = 50,
     generator: Seed = None,
+    folder: str | os.PathLike[str] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     **settings: Any,
 ) -> list[TradeoffRow]:
@@ -281,12 +289,13 @@ def tradeoff(
         x: (N, n) observations.
         u: (N, m) actions of the expert.
         task: the environment, with continuous actions.
-        zetas: sizes of measurement errors, in the units of what the policy sees.
+        zetas: sizes of measurement errors, in the units of what the policy sees; 0 measures none.
         lipschitz_grid: constants; :data:`GRID` times the largest slope of the data when None.
         solver: see :func:`fit_lipschitz_policy`.
         attacks: zeta -> name -> attack; :func:`standard_attacks` when None.
         n_episodes: for each mean.
         generator: seed.
+        folder: each policy and its rows are kept there (see :func:`policy_folder`), and found again by the same call.
         on_step: called with (constants done, constants).
         **settings: more for :func:`fit_lipschitz_policy`.
     """
@@ -297,19 +306,70 @@ def tradeoff(
     env.close()
     rows = []
     for done, lipschitz in enumerate(grid):
-        policy = fit_lipschitz_policy(
-            x, u, lipschitz=lipschitz, solver=solver, action_space=space,  # pyright: ignore[reportArgumentType]
-            generator=seed, **settings,
-        )  # fmt: skip
-        play = partial(collect, policy, task, n_episodes, generator=derive(seed, "episodes"))
-        nominal, fitted = play().mean, residual_max(policy, x, u)
-        for zeta in zetas:
-            if attacks is None:
-                tried = standard_attacks(zeta, differentiable=solver != "graph" or u.shape[1] == 1)
-            else:
-                tried = dict(attacks(zeta))
-            found = {name: play(attack=attack).mean for name, attack in tried.items()}
-            rows.append(TradeoffRow(lipschitz, policy.lipschitz_bound(), fitted, zeta, nominal, found))
+        tried = _tried(zetas, attacks, differentiable=solver != "graph" or u.shape[1] == 1)
+        told = [solver, lipschitz, sorted(settings.items()), task.identity, n_episodes, seed, repr(tried)]
+        identity = hashlib.sha256(repr(told).encode() + _bytes(x) + _bytes(u)).hexdigest()
+        kept = None if folder is None else policy_folder(folder, lipschitz)
+        found = None if kept is None else _read_rows(kept / _ROWS, identity)
+        if found is None:
+            policy = fit_lipschitz_policy(
+                x, u, lipschitz=lipschitz, solver=solver, action_space=space,  # pyright: ignore[reportArgumentType]
+                generator=seed, **settings,
+            )  # fmt: skip
+            play = partial(collect, policy, task, n_episodes, generator=derive(seed, "episodes"))
+            found = _rows(policy, play, tried, residual_max(policy, x, u))
+            if kept is not None:
+                save_policy(kept, policy, about={"solver": solver, "task": task.identity, "seed": seed})
+                write_json(kept / _ROWS, {"identity": identity, "rows": [asdict(row) for row in found]})
+        rows += found
         if on_step is not None:
             on_step(done + 1, len(grid))
     return rows
+
+
+_ROWS = "tradeoff.json"
+
+
+def policy_folder(folder: str | os.PathLike[str], lipschitz: float) -> Path:
+    """Return where :func:`tradeoff` keeps the policy of a constant."""
+    return Path(folder) / f"lipschitz-{lipschitz:.6g}"
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.detach().cpu().double().numpy().tobytes()
+
+
+def _tried(
+    zetas: Sequence[float],
+    attacks: Callable[[float], Mapping[str, ObservationAttack]] | None,
+    *,
+    differentiable: bool,
+) -> dict[float, dict[str, ObservationAttack]]:
+    chosen = attacks or partial(standard_attacks, differentiable=differentiable)
+    return {check_number("zeta", zeta, low=0): dict(chosen(zeta)) if zeta else {} for zeta in zetas}
+
+
+def _rows(
+    policy: AnyLipschitzPolicy,
+    play: Callable[..., Any],
+    tried: Mapping[float, Mapping[str, ObservationAttack]],
+    fitted: float,
+) -> list[TradeoffRow]:
+    nominal, certified = float(play().mean), policy.lipschitz_bound()
+    return [
+        TradeoffRow(
+            policy.lipschitz, certified, fitted, zeta, nominal,
+            {name: float(play(attack=attack).mean) for name, attack in chosen.items()},
+        )
+        for zeta, chosen in tried.items()
+    ]  # fmt: skip
+
+
+def _read_rows(file: Path, identity: str) -> list[TradeoffRow] | None:
+    """Return what an earlier run of the same measurement found, or None."""
+    if not file.is_file():
+        return None
+    kept = read_json(file)
+    if not isinstance(kept, dict) or kept.get("identity") != identity:
+        return None
+    return [TradeoffRow(**row) for row in kept["rows"]]

@@ -100,8 +100,9 @@ class LipschitzPolicy(_Continuous):
         for width in hidden:
             if check_count("hidden", width) % 2 and activation == "maxmin":
                 raise ValueError(f"hidden={tuple(hidden)}: MaxMin sorts pairs, widths must be even")
-        self.lipschitz = float(lipschitz)
+        self.lipschitz, self.activation = float(lipschitz), activation
         sizes = [check_count("in_dim", in_dim), *hidden]
+        self.sizes, self.in_dim = (*sizes, out_dim), in_dim
         layers: list[nn.Module] = []
         with reseeded(resolve_seed(generator)):
             for before, after in pairwise(sizes):
@@ -144,6 +145,7 @@ class LinearLipschitzPolicy(_Continuous):
             raise ValueError(f"gain has shape {tuple(gain.shape)}; (m, n) is needed")
         super().__init__(gain.shape[0], action_space)
         self.lipschitz = float(check_number("lipschitz", lipschitz, low=0, open_low=True))
+        self.in_dim = gain.shape[1]
         self.register_buffer("gain", check_finite("gain", gain).detach().double().clone())
         if self.lipschitz_bound() > self.lipschitz * (1 + 1e-8):
             raise ValueError(f"gain has norm {self.lipschitz_bound():.9g}, above lipschitz={lipschitz}; clip_gain it")
@@ -175,6 +177,7 @@ class GraphLipschitzPolicy(_Continuous):
             raise ValueError(f"x {tuple(x.shape)}, v {tuple(v.shape)}: (N, n) and (N, m) with N >= 2 are needed")
         super().__init__(v.shape[1], action_space)
         self.lipschitz = float(check_number("lipschitz", lipschitz, low=0, open_low=True))
+        self.in_dim = x.shape[1]
         self.register_buffer("x", check_finite("x", x).detach().double().clone())
         self.register_buffer("v", check_finite("v", v).detach().double().clone())
         found = pair_ratio(self.x, self.v)
