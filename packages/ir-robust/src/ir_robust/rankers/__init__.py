@@ -13,13 +13,21 @@ from ir_robust.rankers.base import (
     scores_of,
 )
 from ir_robust.rankers.bm25 import BM25Index, BM25Ranker
+from ir_robust.rankers.drmm import DRMM
+from ir_robust.rankers.duet import Duet
+from ir_robust.rankers.knrm import KNRM
+from ir_robust.rankers.saved import load_saved, save_ranker
+from ir_robust.rankers.training import fit_ranker, training_pairs
 from ir_robust.rankers.vectors import WordVectors, idf_of, piece_vectors, random_vectors, read_vectors, vocabulary_of
 
 __all__ = [
+    "DRMM",
+    "KNRM",
     "BM25Index",
     "BM25Ranker",
     "BagRanker",
     "CallableRanker",
+    "Duet",
     "Ranker",
     "TokenBatch",
     "Vocabulary",
@@ -27,11 +35,15 @@ __all__ = [
     "WordRanker",
     "WordVectors",
     "as_ranker",
+    "fit_ranker",
     "idf_of",
+    "load_saved",
     "piece_vectors",
     "random_vectors",
     "read_vectors",
     "rerank",
+    "save_ranker",
     "scores_of",
+    "training_pairs",
     "vocabulary_of",
 ]

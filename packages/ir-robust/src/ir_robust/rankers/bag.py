@@ -54,7 +54,6 @@ class BagRanker(EmbeddedWordModel):
         # P'P is near the identity at first: the untrained score is the plain inner product of the means
         self.project = nn.Parameter(torch.randn(dim, vectors.dim, generator=draw) / dim**0.5)
         self.scale = nn.Parameter(torch.tensor(10.0))
-        self._known: dict[Any, Tensor] = {}
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -75,20 +74,12 @@ class BagRanker(EmbeddedWordModel):
         return self.scale * (asked * found).sum(1)
 
     def word_scores(self, query: str) -> Tensor:
-        """Return (V,) float64: u(w) of each word for a query; 0 for the end of a text.
+        """Return (V,) float64: u(w) of each word for a query; 0 for the end of a text."""
+        return self.kept(query, self._word_scores)
 
-        The last query's are kept as long as no weight has changed, where no gradient is asked for.
-        """
-        keep = not torch.is_grad_enabled()
-        key = (query, *((p.data_ptr(), p._version, p.device, p.dtype) for p in self.parameters())) if keep else None
-        if keep and key in self._known:
-            return self._known[key]
-        asked = self.numbers([query])
-        direction = self.project.T @ (self.project @ _mean(self.vectors[asked], asked)[0])
-        found = (self.scale * (self.vectors @ direction)).double()
-        if keep:
-            self._known = {key: found}
-        return found
+    def _word_scores(self, asked: Tensor) -> Tensor:
+        mean = _mean(self.vectors[asked][None], asked[None])[0]
+        return (self.scale * (self.vectors @ (self.project.T @ (self.project @ mean)))).double()
 
     def score_words(self, query: str, words: Tensor) -> Tensor:
         """Return (B,) scores of (B, M) documents: one gather and a mean, in float64, so that no grouping shows."""

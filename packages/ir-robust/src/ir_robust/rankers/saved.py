@@ -29,6 +29,9 @@ __all__ = ["WORD_MODELS", "load_saved", "save_ranker"]
 SCHEMA = "robust.ranker/1"
 WORD_MODELS = {
     "bag": "ir_robust.rankers.bag:BagRanker",
+    "drmm": "ir_robust.rankers.drmm:DRMM",
+    "duet": "ir_robust.rankers.duet:Duet",
+    "knrm": "ir_robust.rankers.knrm:KNRM",
 }
 ADAPTERS: dict[str, str] = {}
 

@@ -9,7 +9,7 @@ words. From it follow ``forward`` on padded numbers (training), ``score_words`` 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +46,8 @@ class WordModel(nn.Module):
         self.vocabulary = vectors.vocabulary
         self.vectors = nn.Parameter(vectors.table.clone(), requires_grad=train_vectors)
         self._words = hashlib.sha256("\n".join(self.vocabulary.words).encode()).hexdigest()  # a fingerprint counts it
+        self._kept: dict[Any, Tensor] = {}
+        self.eval()
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -70,6 +72,20 @@ class WordModel(nn.Module):
     def numbers(self, texts: Iterable[str]) -> Tensor:
         """Return (B, M) words of texts, on the model's device."""
         return padded([self.prepare(text) for text in texts]).to(self.vectors.device)
+
+    def kept(self, query: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what ``make`` gives for the (Q,) words of a query; the last query's is kept while no weight changes.
+
+        Nothing is kept where gradients are recorded.
+        """
+        asked = self.numbers([query])[0]
+        if torch.is_grad_enabled():
+            return make(asked)
+        tensors = (*self.parameters(), *self.buffers())
+        key = (query, *((t.data_ptr(), t._version, t.device, t.dtype) for t in tensors))
+        if key not in self._kept:
+            self._kept = {key: make(asked)}
+        return self._kept[key]
 
     def prepare(self, text: str) -> list[int]:
         """Return the numbers of a text's words: what training works out once for each text."""
