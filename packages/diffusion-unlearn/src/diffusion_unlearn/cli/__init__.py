@@ -1,0 +1,5 @@
+"""``robust diffusion``: erase concepts from the user's own pipeline, attack and evaluate the erasure."""
+
+from diffusion_unlearn.cli.app import app
+
+__all__ = ["app"]

@@ -1,0 +1,1 @@
+"""Ways to erase a concept, each from its exact objective."""
