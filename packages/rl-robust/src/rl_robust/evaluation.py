@@ -107,7 +107,7 @@ def evaluate(
     lower: float | None = None,
     alpha: float = 0.05,
     generator: Seed = None,
-    n_envs: int = 16,
+    n_envs: int = 32,
     backend: str = "here",
     workers: int = 2,
     resume: str | os.PathLike[str] | None = None,
@@ -176,7 +176,7 @@ def evaluate(
     if certify:
         fresh = play("certificate", None, certificate_episodes, n_episodes)
         certificate = _certificate(fresh, certify, lower, alpha)
-    figures = _figures(samples, certificate)
+    figures = _figures(samples, certificate, chosen)
     _check(samples, chosen, certificate)
     document = {
         "schema": SCHEMA,
@@ -226,7 +226,9 @@ def _certificate(sample: ReturnSample, eps: Sequence[float], lower: float | None
     return _Curve(grid, bound, len(sample), about)
 
 
-def _figures(samples: Mapping[str, ReturnSample], certificate: _Curve | None) -> dict[str, Estimate]:
+def _figures(
+    samples: Mapping[str, ReturnSample], certificate: _Curve | None, attacks: Mapping[str, ObservationAttack]
+) -> dict[str, Estimate]:
     figures: dict[str, Estimate] = {}
     for label, sample in samples.items():
         figures[f"{label}/return"] = mean(sample.returns)
@@ -236,11 +238,13 @@ def _figures(samples: Mapping[str, ReturnSample], certificate: _Curve | None) ->
         if label != "clean":
             figures[f"{label}/lost"] = difference(samples["clean"].returns, sample.returns)
             figures[f"{label}/spent"] = Estimate(float(sample.spent.max()), None, len(sample))
-    tried = [label for label in samples if label != "clean"]
-    if tried:
-        worst = min(tried, key=lambda label: samples[label].mean)
-        figures["worst/return"] = mean(samples[worst].returns)
-        figures["worst/tried"] = Estimate(float(len(tried)), None, len(tried))
+    episode = [label for label, attack in attacks.items() if isinstance(attack.budget, EpisodeBudget)]
+    step = [label for label in attacks if label not in episode]
+    for name, tried in (("worst", step or episode), ("worst of an episode", episode if step else [])):
+        if tried:  # a ball in every step and a budget for an episode are two threats: neither is the other's worst
+            least = min(tried, key=lambda label: samples[label].mean)
+            figures[f"{name}/return"] = mean(samples[least].returns)
+            figures[f"{name}/tried"] = Estimate(float(len(tried)), None, len(tried))
     if certificate is not None:
         for eps, bound in zip(certificate.eps, certificate.bound, strict=True):
             figures[f"certified/return@{eps:g}"] = Estimate(float(bound), None, certificate.n)

@@ -128,6 +128,12 @@ class Suite:
             raise ValueError(f"attacks offset: one for each of {size} elements both ways would take days")
         return offsets(budget, size, (self.duration,))
 
+    @property
+    def beside_certificates(self) -> tuple[str, ...]:
+        """The attacks with a budget for the episode that this victim can be measured with in reasonable time."""
+        small, gradients = int(np.prod(self.shape)) <= 8, hasattr(self.policy, "outputs")
+        return (*(("offset",) if small else ("random",)), *(("mad",) if gradients else ()))
+
     def critic(self, radius: float) -> ActionValue:
         """Return Q of the victim, for robust Sarsa; one that is never random is watched under noise of ``radius``."""
         if self._critic is None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from rl_robust.cli.words import ATTACKS, HARDEN, INNER, check
+from rl_robust.cli.words import ATTACKS, check, listed
 from robust_core.cli import console
-from robust_core.words import check_word
 
 if TYPE_CHECKING:
     from rl_robust.evaluation import PolicyReport
 
-__all__ = ["app"]
+__all__ = ["app", "command"]
 
 app = typer.Typer(no_args_is_help=True, help="Attack, certify and evaluate your own policy.")
 
@@ -25,10 +25,13 @@ PolicyWords = Annotated[
     typer.Option(
         "--policy",
         "-p",
-        help="sb3:FILE.zip[@ALGORITHM] (never un-pickled) or package.module:factory[@WEIGHTS].",
+        help="sb3:FILE.zip[@ALGORITHM] (never un-pickled), saved:FOLDER or package.module:factory[@WEIGHTS].",
     ),
 ]
-Env = Annotated[str, typer.Option("--env", "-e", help="A registered gymnasium id, such as CartPole-v1 or ALE/Pong-v5.")]
+Env = Annotated[
+    str | None,
+    typer.Option("--env", "-e", help="A registered gymnasium id, such as CartPole-v1; saved:FOLDER knows its own."),
+]
 EnvSet = Annotated[
     list[str] | None, typer.Option("--env-set", metavar="NAME=VALUE", help="An argument of the environment.")
 ]
@@ -43,7 +46,15 @@ Norm = Annotated[str, typer.Option(help="Of a step's ball: linf, l2 or l1.")]
 Per = Annotated[str, typer.Option(help="What the budget is for: a step, or the Euclidean length of an episode.")]
 Duration = Annotated[int, typer.Option(min=1, help="Steps among which an episode's budget is shared.")]
 Episodes = Annotated[int, typer.Option("--episodes", "-n", min=1, help="Episodes for each attack.")]
-Sigma = Annotated[float, typer.Option(min=0, help="Noise on each raw observation: the smoothed policy is measured.")]
+Sigma = Annotated[
+    float | None, typer.Option(min=0, help="Noise of a smoothed policy, as in training; saved:FOLDER knows its own.")
+]
+Lower = Annotated[
+    float | None,
+    typer.Option(help="The least return that the environment can give, also under attack; known for some."),
+]
+Alpha = Annotated[float, typer.Option(help="Failure probability of the whole certificate.")]
+AttackSteps = Annotated[int, typer.Option(min=1, help="Environment steps in which sa-rl and pa-ad are trained.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 NEnvs = Annotated[int, typer.Option(min=1, help="Environments side by side; no figure depends on it.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes; no figure depends on it.")]
@@ -59,7 +70,8 @@ def _root() -> None:
     """Attack, certify and evaluate your own policy."""
 
 
-def _command() -> str:
+def command() -> str:
+    """Return the command as the user could type it again, without the path of the program."""
     return shlex.join(["robust", *sys.argv[1:]])
 
 
@@ -79,10 +91,14 @@ def _show(report: PolicyReport, out: Path | None, json: bool) -> None:
 
 def _measure(
     policy: str,
-    task: dict[str, Any],
+    words: dict[str, Any],
     *,
-    attacks: str | None,
+    attacks: Callable[[Any], dict[str, Sequence[str]]],
     budget: dict[str, Any],
+    trained: dict[str, Any],
+    sigma: float | None,
+    certify: Sequence[float] | None,
+    lower: float | None,
     out: Path | None,
     json: bool,
     device: str,
@@ -90,34 +106,61 @@ def _measure(
     workers: int,
     **more: Any,
 ) -> None:
-    from rl_robust.cli.setting import attacks_of, load_policy, task_of
+    """Load, attack and certify.
+
+    ``attacks`` of a suite are the names of those with the budget of the options ("asked"), and of others with that of
+    an episode ("episode"), which stand beside a certificate. ``certify`` are the budgets of a certificate: () takes
+    none, None those of the noise where there is any.
+    """
+    from rl_robust.attacks.suite import Suite
+    from rl_robust.cli.setting import TaskWords, attacks_of, load_policy, lowest_of, one_policy
     from rl_robust.evaluation import evaluate
     from robust_core.device import choose_device
 
-    setting = task_of(task.pop("env"), task.pop("env_set") or (), **task)
-    victim = load_policy(policy, setting, choose_device(device))
+    found = load_policy(policy, TaskWords(**words), choose_device(device))
+    victim, noise = one_policy(found, policy), found.sigma if sigma is None else sigma
+    lower = lowest_of(lower, found.task)
+    if certify is None or len(certify):
+        certify = _certified(certify, noise, lower)
     with console.progress() as report:
-        chosen = {}
-        if attacks is not None:
-            chosen = attacks_of(attacks, victim, setting, seed=seed, on_step=report, **budget)
-        found = evaluate(
-            victim, setting, chosen, generator=seed, name=policy, command=_command(), on_step=report,
-            backend="processes" if workers > 1 else "here", workers=workers, **more,
+        suite = Suite(victim, found.task, sigma=noise, generator=seed, on_step=report, **trained)
+        names, chosen = attacks(suite), {}
+        if names["asked"]:
+            chosen = attacks_of(names["asked"], suite, **budget)
+        if names["episode"] and certify:
+            beside = attacks_of(names["episode"], suite, eps=[noise], norm="l2", per="episode")
+            chosen |= {name if name not in chosen else f"{name} (episode)": found for name, found in beside.items()}
+        done = evaluate(
+            victim, found.task, chosen, generator=seed, name=policy, command=command(), on_step=report, sigma=noise,
+            backend="processes" if workers > 1 else "here", workers=workers, certify=certify, lower=lower, **more,
         )  # fmt: skip
-    _show(found, out, json)
+    _show(done, out, json)
+
+
+def _certified(eps: Sequence[float] | None, sigma: float, lower: float | None) -> Sequence[float]:
+    """Return the budgets for which a certificate is to be had, or none where it cannot be."""
+    if sigma <= 0 or lower is None:
+        if eps is not None:
+            what = "sigma: noise" if sigma <= 0 else "lower: the least return that the environment can give"
+            raise ValueError(f"--{what} is needed to certify")
+        if sigma > 0:
+            console.info("no certificate: --lower, the least return that the environment can give, is not known")
+        return ()
+    return [k * sigma / 4 for k in range(1, 9)] if eps is None else eps
 
 
 @app.command()
 def attack(
     policy: PolicyWords,
-    env: Env,
+    env: Env = None,
     attacks: Attacks = "random,mad",
     eps: Eps = None,
     norm: Norm = "linf",
     per: Per = "step",
     duration: Duration = 200,
     episodes: Episodes = 100,
-    sigma: Sigma = 0.0,
+    attack_steps: AttackSteps = 100_000,
+    sigma: Sigma = None,
     env_set: EnvSet = None,
     max_steps: MaxSteps = None,
     scale: Scale = 1.0,
@@ -139,27 +182,34 @@ def attack(
           positive={"scale": scale})  # fmt: skip
     from robust_core.words import parse_eps
 
-    task = {"env": env, "env_set": env_set, "max_steps": max_steps, "scale": scale, "normaliser": normaliser,
-            "frames": frames, "layout": layout}  # fmt: skip
-    budget = {"eps": [parse_eps(text) for text in radii], "norm": norm, "per": cast("Any", per), "duration": duration}
+    words = {"env": env, "env_set": env_set or (), "max_steps": max_steps, "scale": scale, "normaliser": normaliser,
+             "frames": frames, "layout": layout}  # fmt: skip
+    budget = {"eps": [parse_eps(text) for text in radii], "norm": norm, "per": cast("Any", per)}
+    names = {"asked": listed("--attacks", attacks), "episode": ()}
     _measure(
-        policy, task, attacks=attacks, budget=budget, out=out, json=json, device=device, seed=seed, workers=workers,
-        n_episodes=episodes, sigma=sigma, n_envs=n_envs, resume=resume, render=render,
+        policy, words, attacks=lambda _: names, budget=budget, trained=_trained(duration, attack_steps, resume),
+        sigma=sigma, certify=(), lower=None, out=out, json=json, device=device, seed=seed, workers=workers,
+        n_episodes=episodes, n_envs=n_envs, resume=resume, render=render,
     )  # fmt: skip
+
+
+def _trained(duration: int, steps: int, resume: Path | None) -> dict[str, Any]:
+    folder = None if resume is None else resume / "attackers"
+    return {"duration": duration, "attack_steps": steps, "folder": folder}
 
 
 @app.command()
 def certify(
     policy: PolicyWords,
-    env: Env,
-    sigma: Annotated[float, typer.Option(help="Noise on each raw observation; train with the same.")],
-    lower: Annotated[float, typer.Option(help="The least return that the environment can give, also under attack.")],
+    env: Env = None,
+    sigma: Sigma = None,
+    lower: Lower = None,
     eps: Eps = None,
     episodes: Annotated[int, typer.Option("--episodes", "-n", min=1, help="Episodes behind the certificate.")] = 10_000,
     attacks: Annotated[str | None, typer.Option(help="Attacks to put beside the curve, with episode budgets.")] = None,
     attacked_episodes: Annotated[int, typer.Option(min=1, help="Episodes for each attack.")] = 200,
     duration: Duration = 200,
-    alpha: Annotated[float, typer.Option(help="Failure probability of the whole curve.")] = 0.05,
+    alpha: Alpha = 0.05,
     env_set: EnvSet = None,
     max_steps: MaxSteps = None,
     scale: Scale = 1.0,
@@ -176,26 +226,85 @@ def certify(
     json: Json = False,
 ) -> None:
     """Promise a return: what no attacker of observations can go below, for each budget of an episode."""
-    radii = eps or [f"{k * sigma / 4:g}" for k in range(1, 9)]
-    check(policy=policy, attacks=attacks, eps=radii, normaliser=normaliser, out=out, shares={"alpha": alpha},
+    check(policy=policy, attacks=attacks, eps=eps or [], normaliser=normaliser, out=out, shares={"alpha": alpha},
           positive={"sigma": sigma, "scale": scale})  # fmt: skip
+    from rl_robust.cli.setting import TaskWords, load_policy
     from robust_core.words import parse_eps
 
-    task = {"env": env, "env_set": env_set, "max_steps": max_steps, "scale": scale, "normaliser": normaliser,
-            "frames": frames, "layout": layout}  # fmt: skip
-    values = [parse_eps(text) for text in radii]
-    budget = {"eps": values, "norm": "l2", "per": cast("Any", "episode"), "duration": duration}
+    words = {"env": env, "env_set": env_set or (), "max_steps": max_steps, "scale": scale, "normaliser": normaliser,
+             "frames": frames, "layout": layout}  # fmt: skip
+    noise = load_policy(policy, TaskWords(**words), "cpu").sigma if sigma is None else sigma
+    values = [parse_eps(text) for text in eps] if eps else [k * noise / 4 for k in range(1, 9)]
+    budget = {"eps": values, "norm": "l2", "per": cast("Any", "episode")}
+    names = {"asked": [] if attacks is None else listed("--attacks", attacks), "episode": ()}
     _measure(
-        policy, task, attacks=attacks, budget=budget, out=out, json=json, device=device, seed=seed, workers=workers,
-        n_episodes=attacked_episodes, sigma=sigma, n_envs=n_envs, resume=resume, render=render, certify=values,
-        certificate_episodes=episodes, lower=lower, alpha=alpha,
+        policy, words, attacks=lambda _: names, budget=budget, trained=_trained(duration, 1, resume), sigma=sigma,
+        certify=values, lower=lower, out=out, json=json, device=device, seed=seed, workers=workers,
+        n_episodes=attacked_episodes, n_envs=n_envs, resume=resume, render=render,
+        certificate_episodes=episodes, alpha=alpha,
+    )  # fmt: skip
+
+
+@app.command()
+def evaluate(
+    policy: PolicyWords,
+    env: Env = None,
+    attacks: Annotated[
+        str | None, typer.Option(help=f"Comma-separated: {', '.join(ATTACKS)}. Without it all that the policy allows.")
+    ] = None,
+    eps: Annotated[str, typer.Option("--eps", help="Radius of the ball of every step.")] = "0.1",
+    norm: Norm = "linf",
+    episodes: Episodes = 100,
+    attack_steps: AttackSteps = 20_000,
+    sigma: Sigma = None,
+    lower: Lower = None,
+    certificate_episodes: Annotated[int, typer.Option(min=1, help="Episodes behind the certificate.")] = 10_000,
+    alpha: Alpha = 0.05,
+    duration: Duration = 200,
+    env_set: EnvSet = None,
+    max_steps: MaxSteps = None,
+    scale: Scale = 1.0,
+    normaliser: NormaliserFile = None,
+    frames: Frames = 1,
+    layout: Layout = "stack",
+    n_envs: NEnvs = 16,
+    workers: Workers = 1,
+    render: Render = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    resume: Resume = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Everything in one report: the return in peace, under noise, gradient and trained attackers, and the certificate.
+
+    A policy that is played under noise is certified as well, and attacked with budgets of an episode, which is what the
+    certificate speaks of; balls of every step are another threat.
+    """
+    check(policy=policy, attacks=attacks, eps=[eps], norm=norm, normaliser=normaliser, out=out,
+          shares={"alpha": alpha}, positive={"scale": scale})  # fmt: skip
+    from robust_core.words import parse_eps
+
+    def chosen(suite: Any) -> dict[str, Sequence[str]]:
+        from rl_robust.attacks.suite import usual_attacks
+
+        asked = usual_attacks(suite.policy) if attacks is None else listed("--attacks", attacks)
+        return {"asked": asked, "episode": suite.beside_certificates}
+
+    words = {"env": env, "env_set": env_set or (), "max_steps": max_steps, "scale": scale, "normaliser": normaliser,
+             "frames": frames, "layout": layout}  # fmt: skip
+    _measure(
+        policy, words, attacks=chosen, budget={"eps": [parse_eps(eps)], "norm": norm, "per": "step"},
+        trained=_trained(duration, attack_steps, resume), sigma=sigma, certify=None, lower=lower, out=out, json=json,
+        device=device, seed=seed, workers=workers, n_episodes=episodes, n_envs=n_envs, resume=resume, render=render,
+        certificate_episodes=certificate_episodes, alpha=alpha,
     )  # fmt: skip
 
 
 @app.command("check")
 def look_over(
     policy: PolicyWords,
-    env: Env,
+    env: Env = None,
     steps: Annotated[int, typer.Option(min=2, help="Steps of each walk that is looked at.")] = 64,
     bound: Annotated[float, typer.Option(help="Values beyond it look as if statistics were forgotten.")] = 10.0,
     env_set: EnvSet = None,
@@ -211,15 +320,15 @@ def look_over(
     """Look policy and environment over before a long run: shapes, stacks, scales, modes, seeds; 1 means errors."""
     check(policy=policy, normaliser=normaliser, positive={"scale": scale, "bound": bound})
     from rl_robust.check import check_policy
-    from rl_robust.cli.setting import load_policy, task_of
+    from rl_robust.cli.setting import TaskWords, load_policy, one_policy
     from robust_core.device import choose_device
 
-    task = task_of(env, env_set or (), max_steps=max_steps, scale=scale, normaliser=normaliser, frames=frames,
-                   layout=layout)  # fmt: skip
-    victim = load_policy(policy, task, choose_device(device))
-    found = check_policy(victim, task, n_steps=steps, bound=bound, generator=seed)
+    words = TaskWords(env=env, env_set=env_set or (), max_steps=max_steps, scale=scale, normaliser=normaliser,
+                      frames=frames, layout=layout)  # fmt: skip
+    given = load_policy(policy, words, choose_device(device))
+    found = check_policy(one_policy(given, policy), given.task, n_steps=steps, bound=bound, generator=seed)
     if json:
-        console.emit_json({**found.document, "model": policy, "command": _command()})
+        console.emit_json({**found.document, "model": policy, "command": command()})
     else:
         low, high = found.span
         console.info(f"{policy} on {found.task}: it is shown {found.shown}, values {low:.4g} to {high:.4g}")
@@ -227,49 +336,3 @@ def look_over(
             console.info(line)
     if not found.ok:
         raise typer.Exit(1)
-
-
-@app.command()
-def harden(
-    env: Env,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for policy.zip, for SB3 and for --policy sb3:…")],
-    method: Annotated[str, typer.Option(help=f"One of: {', '.join(HARDEN)}.")] = "sa-ppo",
-    eps: Annotated[str, typer.Option("--eps", help="Radius of the ball in which the policy shall act alike.")] = "0.05",
-    norm: Norm = "linf",
-    kappa: Annotated[float, typer.Option(min=0, help="Weight of acting alike.")] = 0.3,
-    inner: Annotated[str, typer.Option(help=f"How the worst in the ball is found: {', '.join(INNER)}.")] = "sgld",
-    ramp: Annotated[float, typer.Option(min=0, max=1, help="Share of training over which the ball grows.")] = 0.5,
-    steps: Annotated[int, typer.Option(min=1, help="Steps in the environment.")] = 100_000,
-    env_set: EnvSet = None,
-    max_steps: MaxSteps = None,
-    scale: Scale = 1.0,
-    frames: Frames = 1,
-    seed: Seed = 0,
-    device: Device = "auto",
-    json: Json = False,
-) -> None:
-    """Train a policy that acts alike on all observations in a ball; then attack it with the same --env and --frames."""
-    check(eps=[eps], norm=norm, out=out, positive={"scale": scale})
-    check_word("--method", method, HARDEN)
-    check_word("--inner", inner, INNER)
-    from rl_robust.adversarial import StateAdversarialRegulariser, train_policy
-    from rl_robust.cli.setting import task_of
-    from robust_core.device import choose_device
-    from robust_core.threats import parse_threat
-
-    task = task_of(env, env_set or (), max_steps=max_steps, scale=scale, normaliser=None, frames=frames, layout="stack")
-    threat = parse_threat(norm, eps, domain=task.domain)
-    term = StateAdversarialRegulariser(threat, kappa, inner=cast("Any", inner), ramp=ramp, generator=seed)
-    out.mkdir(parents=True, exist_ok=True)
-    with console.progress() as report:
-        train_policy(task, term, n_steps=steps, normalise=False, generator=seed, device=str(choose_device(device)),
-                     file=out / "policy.zip", on_step=report)  # fmt: skip
-    if json:
-        about = {"schema": "robust.hardened/1", "method": method, "threat": str(threat), "kappa": kappa, "inner": inner}
-        console.emit_json(
-            {**about, "steps": steps, "seed": seed, "policy": str(out / "policy.zip"), "command": _command()}
-        )
-    else:
-        console.info(
-            f"policy: {out / 'policy.zip'}; next: robust rl attack --policy sb3:{out / 'policy.zip'} --env {env}"
-        )

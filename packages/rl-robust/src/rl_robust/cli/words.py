@@ -10,16 +10,17 @@ from pathlib import Path
 from robust_core.errors import ResourceError
 from robust_core.words import check_module, check_norm, check_word, parse_eps, parse_spec
 
-__all__ = ["ATTACKS", "HARDEN", "INNER", "PER", "check", "split_policy"]
+__all__ = ["ATTACKS", "PER", "check", "listed", "split_policy"]
 
-ATTACKS = ("random", "critic", "mad", "sarsa", "sarsa+mad", "pgd", "offset")
-HARDEN = ("sa-ppo",)
-INNER = ("sgld", "pgd", "interval")
+ATTACKS = ("random", "critic", "mad", "sarsa", "sarsa+mad", "sa-rl", "pa-ad", "pgd", "offset")
 PER = ("step", "episode")
 
 
 def split_policy(words: str) -> tuple[str, str, str | None]:
-    """Return (``"sb3"`` or ``"factory"``, what it names, weights file or None) of ``sb3:FILE`` or ``module:factory``.
+    """Return (kind, what it names, what stands behind @ or None) of the words of a policy.
+
+    The kind is ``"sb3"`` (a zip, algorithm), ``"saved"`` (a folder, a member of a set), ``"lipschitz"`` (a folder) or
+    ``"factory"`` (weights).
 
     Raises:
         ValueError: words of no known form.
@@ -27,13 +28,21 @@ def split_policy(words: str) -> tuple[str, str, str | None]:
     if words.startswith("sb3:"):
         name, _, algorithm = words[4:].partition("@")
         return "sb3", name, algorithm or None
+    if words.startswith("lipschitz:"):
+        return "lipschitz", words.partition(":")[2], None
+    if words.startswith("saved:"):
+        name, _, member = words[6:].rpartition("@") if "@" in words else (words[6:], "", "")
+        return "saved", name, member or None
     spec, _, weights = words.rpartition("@") if words.endswith(".safetensors") else (words, "", "")
     try:
         kind, name = parse_spec(spec)
     except ValueError:
         kind, name = "", ""
     if kind != "factory":
-        raise ValueError(f"--policy {words!r}: sb3:FILE[@ALGORITHM] or package.module:factory[@WEIGHTS] is needed")
+        raise ValueError(
+            f"--policy {words!r}: sb3:FILE[@ALGORITHM], saved:FOLDER[@MEMBER], lipschitz:FOLDER or "
+            "package.module:factory[@WEIGHTS] is needed"
+        )
     return kind, name, weights or None
 
 
@@ -68,7 +77,7 @@ def check(
     """
     if policy is not None:
         _check_policy(policy)
-    for word in [] if attacks is None else _listed("--attacks", attacks):
+    for word in [] if attacks is None else listed("--attacks", attacks):
         check_word("--attacks", word, ATTACKS)
     for text in eps:
         parse_eps(text)
@@ -87,7 +96,8 @@ def _check_policy(policy: str) -> None:
     kind, name, weights = split_policy(policy)
     if kind == "factory":
         check_module(name)
-    file = name if kind == "sb3" else weights
+    files = {"sb3": name, "saved": f"{name}/model.json", "lipschitz": f"{name}/policy.json"}
+    file = files.get(kind, weights)
     if file is not None and not Path(file).is_file():
         raise ResourceError(f"--policy {policy}: no such file {file}")
 
@@ -101,7 +111,12 @@ def _check_numbers(positive: dict[str, float | None], shares: dict[str, float]) 
             raise ValueError(f"--{name} {value}: a number between 0 and 1 is needed")
 
 
-def _listed(option: str, text: str) -> list[str]:
+def listed(option: str, text: str) -> list[str]:
+    """Return the words between commas.
+
+    Raises:
+        ValueError: there is none.
+    """
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
         raise ValueError(f"{option} {text!r}: at least one name is needed")
