@@ -197,8 +197,9 @@ SIGNS = 4
 def _other_changes(old: Words, new: Words, opposite: list[tuple[int, int]]) -> dict[str, int]:
     """Return what changed beside words, and how many signs are in it."""
     found: dict[str, int] = {}
+    before, after = old.words, new.words
     for i, j in opposite:
-        if old.words[i] == new.words[j] and old.surfaces[i] != new.surfaces[j]:
+        if before[i] == after[j] and old.surfaces[i] != new.surfaces[j]:
             found[f"the attack wrote {old.surfaces[i]!r}, word {i}, as {new.surfaces[j]!r}: words may change"] = 0
     ends = [(-1, -1), *opposite, (len(old), len(new))]
     for (i, j), (i_next, j_next) in pairwise(ends):
