@@ -111,6 +111,25 @@ def test_uniform_stays_between_its_ends(dtype):
         assert float(values.max()) < 1
 
 
+def _mix(word):
+    """SplitMix64's finaliser on whole numbers."""
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ word >> 27) * 0x94D049BB133111EB % 2**64
+    return word ^ word >> 31
+
+
+def test_words_are_those_of_whole_number_arithmetic():
+    golden, factor, index, chunks = 0x9E3779B97F4A7C15, 0x94D049BB133111EB, [0, 5, 2**40], [3, 0, MAX]
+    source = SampleStreams(7, torch.tensor(index), "reference")
+    found = source.words((5,), chunk=torch.tensor(chunks))
+    for row, (i, chunk) in enumerate(zip(index, chunks, strict=True)):
+        key = _mix((_mix((i * golden + derive(7, "reference")) % 2**64) + chunk * factor) % 2**64)
+        wanted = [_mix((_mix((k * golden + key) % 2**64) + key) % 2**64) for k in range(5)]
+        assert [int(word) % 2**64 for word in found[row]] == wanted
+    uniform = source.uniform((5,), chunk=torch.tensor(chunks), dtype=torch.float64)
+    assert [float(u) for u in uniform[1]] == [((int(w) % 2**64 >> 12) + 0.5) / 2**52 for w in found[1]]
+
+
 def test_extreme_words_still_give_interior_uniforms_and_finite_normals():
     source = streams(1)
     for word in (0, -1, MAX, -MAX - 1):

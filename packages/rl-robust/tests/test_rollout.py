@@ -11,10 +11,12 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from rl_robust.ahead import NoiseAhead
 from rl_robust.observation import Budget, EpisodeBudget, StepBudget, View
 from rl_robust.policy import CallablePolicy, NetworkPolicy
-from rl_robust.rollout import LANES, collect
+from rl_robust.rollout import BLOCK, LANES, collect
 from rl_robust.task import Normaliser, Task
+from robust_core.random import SampleStreams
 from robust_core.threats import Linf
 
 
@@ -71,6 +73,43 @@ def test_an_episode_does_not_depend_on_its_company(budget: Budget) -> None:
     assert runs[0].spent.max() > 0.999 * budget.eps
     tail = collect(linear(3, stochastic=True), task, 10, attack=Greedy(budget), sigma=0.3, stochastic=True, first=60)
     np.testing.assert_array_equal(tail.spent, runs[0].spent[60:])
+
+
+@pytest.mark.parametrize("shape", [(3,), (90, 90)])
+def test_noise_drawn_ahead_is_that_of_each_step(shape: tuple[int, ...]) -> None:
+    """Lanes that begin, end and wait at different times, and company of any size."""
+    rng, ahead = np.random.default_rng(0), NoiseAhead(3, "noise", 4, shape, torch.device("cpu"))
+    episode, step = np.arange(4), np.zeros(4, dtype=np.int64)
+    for _ in range(120 if len(shape) == 1 else 8):
+        rows = np.flatnonzero(rng.random(4) < 0.8)
+        found = ahead.take(rows, episode[rows], step[rows])
+        streams = SampleStreams(3, torch.as_tensor(episode[rows]), "noise")
+        assert torch.equal(found, streams.normal(shape, chunk=torch.as_tensor(step[rows])))
+        step[rows] += 1
+        over = rng.random(4) < 0.02
+        episode[over], step[over] = episode[over] + 4, 0
+
+
+def test_environments_serve_all_blocks_and_are_closed_in_the_end() -> None:
+    Counted.made, Counted.closed = 0, 0
+    whole = collect(linear(), Task(Counted), BLOCK + 20, n_envs=4, sigma=0.1)
+    assert (Counted.made, Counted.closed) == (4, 4)
+    np.testing.assert_array_equal(
+        collect(linear(), Task(Counted), 20, sigma=0.1, first=BLOCK).returns, whole.returns[BLOCK:]
+    )
+    with pytest.raises(ValueError, match="acts in"):
+        collect(NetworkPolicy(nn.Linear(2, 3), spaces.Discrete(3)), Task(Counted))
+    assert Counted.made == Counted.closed
+
+
+class Counted(Corridor):
+    made = closed = 0
+
+    def __init__(self) -> None:
+        Counted.made += 1
+
+    def close(self) -> None:
+        Counted.closed += 1
 
 
 def test_long_episodes_count_like_short_ones() -> None:

@@ -117,17 +117,34 @@ def _signed(value: int) -> int:
 
 
 _GOLDEN, _C1, _C2 = (_signed(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_ROUNDS = tuple((np.uint64(bits), np.uint64(c & (1 << 64) - 1)) for bits, c in ((30, _C1), (27, _C2)))
 
 
 def _shift(value: Tensor, bits: int) -> Tensor:
-    return (value >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts are arithmetic; we need the logical one
+    """Shift logically: of int64, torch shifts arithmetically; on the CPU, numpy has unsigned words."""
+    if value.device.type == "cpu":
+        return torch.from_numpy((value.numpy().view(np.uint64) >> np.uint64(bits)).view(np.int64))
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(value: Tensor) -> Tensor:
-    """SplitMix64's finaliser: a bijection of 64-bit words whose output bits look independent."""
-    value = (value ^ _shift(value, 30)) * _C1
-    value = (value ^ _shift(value, 27)) * _C2
-    return value ^ _shift(value, 31)
+    """SplitMix64's finaliser, in place: a bijection of 64-bit words whose output bits look independent."""
+    if value.device.type == "cpu":
+        words = value.numpy().view(np.uint64)
+        spare = np.empty_like(words)
+        for bits, factor in _ROUNDS:
+            np.right_shift(words, bits, out=spare)
+            np.bitwise_xor(words, spare, out=words)
+            np.multiply(words, factor, out=words)
+        np.right_shift(words, np.uint64(31), out=spare)
+        np.bitwise_xor(words, spare, out=words)
+        return value
+    value ^= _shift(value, 30)
+    value *= _C1
+    value ^= _shift(value, 27)
+    value *= _C2
+    value ^= _shift(value, 31)
+    return value
 
 
 class SampleStreams:
@@ -156,20 +173,21 @@ class SampleStreams:
         if isinstance(chunk, int):
             chunk = torch.full_like(self.key, chunk)
         key = _mix(self.key + chunk.to(torch.int64) * _C2)
-        return _mix(_mix(counter * _GOLDEN + key[:, None]) + key[:, None]).reshape(len(key), *shape)
+        return _mix(_mix(counter * _GOLDEN + key[:, None]).add_(key[:, None])).reshape(len(key), *shape)
 
     def uniform(self, shape: Iterable[int], *, chunk: int | Tensor = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return (B, *shape) draws from U(0, 1), both ends excluded."""
         bits = {torch.float64: 52}.get(dtype, 23)
         word = _shift(self.words(shape, chunk=chunk), 64 - bits)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return ((word.to(wide) + 0.5) * 2.0**-bits).to(dtype)
+        return word.to(wide).add_(0.5).mul_(2.0**-bits).to(dtype)
 
     def normal(self, shape: Iterable[int], *, chunk: int | Tensor = 0, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return (B, *shape) draws from N(0, 1), by the Box-Muller transform."""
         shape = tuple(shape)
         u = self.uniform((2, *shape), chunk=chunk, dtype=torch.float64)
-        return (torch.sqrt(-2.0 * torch.log(u[:, 0])) * torch.cos(2.0 * math.pi * u[:, 1])).to(dtype)
+        radius, angle = u.transpose(0, 1).contiguous()  # what follows is slow on short rows with gaps
+        return radius.log_().mul_(-2.0).sqrt_().mul_(angle.mul_(2.0 * math.pi).cos_()).to(dtype)
 
     def integers(self, high: int | Tensor, shape: Iterable[int], *, chunk: int | Tensor = 0) -> Tensor:
         """Return (B, *shape) int64 draws from 0 .. high - 1; ``high`` broadcasts against (B, *shape)."""

@@ -63,7 +63,7 @@ def collect(
     stochastic: bool = False,
     generator: Seed = None,
     first: int = 0,
-    n_envs: int = 16,
+    n_envs: int = 32,
     backend: str = "here",
     workers: int = 2,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -352,8 +352,9 @@ class _Player:
         for row, value in zip(rows, reward, strict=True) if self.steps else ():
             if int(self.episode[row]) in self.steps:
                 self.steps[int(self.episode[row])]["reward"].append(float(value))
-        over = rows[ended | cut]
-        for lane, only_cut in zip(over, (cut & ~ended)[ended | cut], strict=True):
+        done = ended | cut
+        over = rows[done]
+        for lane, only_cut in zip(over, (cut & ~ended)[done], strict=True) if len(over) else ():
             place = self.order.get(int(self.episode[lane]))
             if place is not None:
                 self.found.returns[place], self.found.lengths[place] = self.total[lane], self.step[lane]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,8 +48,12 @@ class Normaliser:
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """Return normalised observations (B, ...), float32."""
-        mean, scale = self.mean.double().numpy(), np.sqrt(self.var.double().numpy() + self.epsilon)
+        mean, scale = self._numbers
         return np.clip((obs - mean) / scale, -self.clip, self.clip).astype(np.float32)
+
+    @cached_property
+    def _numbers(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.mean.double().numpy(), np.sqrt(self.var.double().numpy() + self.epsilon)
 
     @property
     def sha256(self) -> str:
@@ -172,10 +177,10 @@ class Task:
             obs = obs * self.scale
         if self.normaliser is not None:
             obs = self.normaliser(obs)
-        found = torch.as_tensor(np.ascontiguousarray(obs, dtype=np.float32))
-        if not bool(torch.isfinite(found).all()):
+        found = np.ascontiguousarray(obs, dtype=np.float32)
+        if raw.dtype.kind == "f" and not np.isfinite(found).all():
             raise ValueError(f"{self.name} returned an observation that is not finite; nothing can be measured on it")
-        return found
+        return torch.from_numpy(found)
 
     def show(self, frames: Tensor) -> Tensor:
         """Return what the policy sees from (B, n_frames, ...) frames, the newest last."""
