@@ -25,7 +25,8 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any, Protocol, cast
 
 import torch
 from bm25s.stopwords import STOPWORDS_EN
@@ -97,6 +98,7 @@ def _choose(items: Sequence[Any], n: int, draws: torch.Generator) -> list[Any]:
     return [items[i] for i in sorted(torch.randperm(len(items), generator=draws)[:n].tolist())]
 
 
+@lru_cache(maxsize=10_000)
 def typos_of(word: str, kind: str) -> tuple[str, ...]:
     """Return all words that one edit of a kind makes of ``word`` (in lower case), without touching its first letter.
 
@@ -147,14 +149,13 @@ class Typos:
     def __call__(self, query: str, generator: Seed = None) -> str:
         """Return the query with typos in min(n, words that can be mistyped) words."""
         draws, words = _draws(generator, "typos"), Words.of(query)
-        able = {}
+        able: dict[int, list[tuple[str, ...]]] = {}
         for i, word in enumerate(words.words):
-            kinds = [kind for kind in self.kinds if typos_of(word, kind)]
-            if kinds:
-                able[i] = kinds
+            if options := [found for kind in self.kinds if (found := typos_of(word, kind))]:
+                able[i] = options
         edits = {}
         for i in _choose(list(able), self.n, draws):
-            options = typos_of(words.words[i], able[i][_pick(len(able[i]), draws)])
+            options = able[i][_pick(len(able[i]), draws)]
             edits[i] = options[_pick(len(options), draws)]
         return words.replaced(edits).text if edits else query
 
@@ -185,11 +186,8 @@ class Synonyms:
     def __call__(self, query: str, generator: Seed = None) -> str:
         """Return the query with other words in min(n, words with synonyms) places."""
         draws, words = _draws(generator, "synonyms"), Words.of(query)
-        able = [i for i, word in enumerate(words.words) if self._options(word)]
-        edits = {}
-        for i in _choose(able, self.n, draws):
-            options = self._options(words.words[i])
-            edits[i] = options[_pick(len(options), draws)]
+        able = {i: options for i, word in enumerate(words.words) if (options := self._options(word))}
+        edits = {i: able[i][_pick(len(able[i]), draws)] for i in _choose(list(able), self.n, draws)}
         return words.replaced(edits).text if edits else query
 
 
@@ -239,7 +237,7 @@ class Shuffle:
         words = Words.of(query)
         order = torch.randperm(len(words), generator=_draws(generator, "shuffle")).tolist()
         moved = [words.surfaces[i] for i in order]
-        if tuple(moved) == words.surfaces:  # draw by draw this could go on; two words that differ settle it
+        if moved and tuple(moved) == words.surfaces:  # draw by draw this could go on; two words that differ settle it
             other = next((i for i, word in enumerate(moved) if word != moved[0]), 0)
             moved[0], moved[other] = moved[other], moved[0]
         return Words(tuple(moved), words.gaps).text
@@ -359,8 +357,10 @@ def operator(thing: Any) -> QueryPerturbation:
     """
     if not callable(thing):
         raise TypeError(f"operators: {type(thing).__name__} cannot be called; (query, generator) -> query is needed")
-    name = getattr(thing, "name", None)
-    return thing if isinstance(name, str) else Rewrite(thing, getattr(thing, "__name__", type(thing).__name__))
+    if isinstance(getattr(thing, "name", None), str):
+        return thing
+    name: Any = getattr(thing, "__name__", type(thing).__name__)
+    return Rewrite(cast("Callable[..., str]", thing), str(name))
 
 
 def sampled(op: QueryPerturbation, qid: str, query: str, n_draws: int, *, generator: Seed = None) -> list[str]:

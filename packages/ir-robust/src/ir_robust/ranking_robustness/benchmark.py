@@ -16,19 +16,11 @@ from ir_robust.collection import Collection
 from ir_robust.formats import Run
 from ir_robust.measures import parse_measure
 from ir_robust.rankers.bm25 import BM25Index
-from ir_robust.ranking_robustness.document_task import DocumentAttackTask
 from ir_robust.ranking_robustness.metrics import Resamples, bootstrap_interval, paired_test
 from ir_robust.ranking_robustness.models import Contestant, contestants, digest
 from ir_robust.ranking_robustness.report import SCHEMA, RobustnessReport, plain
 from ir_robust.ranking_robustness.session import Session
-from ir_robust.ranking_robustness.tasks import (
-    Outcome,
-    QueryAttackTask,
-    Task,
-    UnseenCorpusTask,
-    UnseenQueryTypeTask,
-    VarianceTask,
-)
+from ir_robust.ranking_robustness.tasks import Outcome, Task
 from robust_core.checks import check_choice, check_count
 from robust_core.claim import versions
 from robust_core.evaluation.metrics.estimate import Estimate
@@ -38,7 +30,8 @@ from robust_core.random import Seed, resolve_seed
 __all__ = ["RobustnessBenchmark"]
 
 OnStep = Callable[[str, int, int], None]
-KINDS = (VarianceTask, UnseenQueryTypeTask, UnseenCorpusTask, QueryAttackTask, DocumentAttackTask)
+HOLLOW = 0.7
+"""A win at less than this share of the best mean is flagged."""
 
 
 class RobustnessBenchmark:
@@ -151,7 +144,7 @@ class RobustnessBenchmark:
             "seed": self.seed,
             "device": _devices(models),
             "figures": figures,
-            "flags": self._flags(session, found),
+            "flags": self._flags(session, models, found, details),
             "seconds": round(seconds, 3),
             "versions": versions(),
             "command": command,
@@ -171,7 +164,10 @@ class RobustnessBenchmark:
             },
         }  # fmt: skip
 
-    def _flags(self, session: Session, found: Mapping[str, Mapping[str, Outcome]]) -> list[str]:
+    def _flags(
+        self, session: Session, models: Sequence[Contestant], found: Mapping[str, Mapping[str, Outcome]],
+        details: Sequence[Mapping[str, Any]],
+    ) -> list[str]:  # fmt: skip
         flags = [f"{model}, {flag}" for outcomes in found.values() for model, o in outcomes.items() for flag in o.flags]
         if session.source.dropped:
             flags.append(f"{session.source.dropped} queries without a relevant document were left out, for all models")
@@ -183,7 +179,19 @@ class RobustnessBenchmark:
                 f"{relevant.count(False)} of {len(relevant)} queries have nothing relevant among their candidates: no "
                 "re-ranker can serve them"
             )
-        return list(dict.fromkeys(flags))
+        return list(dict.fromkeys([*flags, *_hollow(session, models, details)]))
+
+
+def _hollow(session: Session, models: Sequence[Contestant], details: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the wins of models that have little to lose: a bad ranker varies little and cannot fall far."""
+    means = {who.name: float(session.clean(who).rows[session.measures[0]].mean()) for who in models}
+    top = max(means.values())
+    return [
+        f"{task['best']} is best in {task['title'].lower()} at a mean of {means[task['best']]:.3f}, where {top:.3f} can "
+        "be had: a bad ranker has little to lose"
+        for task in details
+        if task["best"] is not None and means[task["best"]] < HOLLOW * top
+    ]
 
 
 def _devices(models: Sequence[Contestant]) -> str:

@@ -229,7 +229,7 @@ def paired_test(a: Values, b: Values, *, n_flips: int = 10_000, generator: Seed 
         p_t = float(np.asarray(ttest_1samp(gaps, 0.0))[1]) if np.ptp(gaps) > 0 else 0.0
     draws = stream(resolve_seed(generator), len(gaps), "sign flips")
     signs = torch.randint(2, (n_flips, len(gaps)), generator=draws).numpy() * 2.0 - 1.0
-    found = np.abs((signs * gaps).mean(axis=1))
+    found = np.abs(signs @ gaps) / len(gaps)
     # the observed pattern is one of the patterns; sums in another order may differ in the last bits
     p = (1 + (found >= abs(gaps.mean()) * (1 - 1e-12)).sum()) / (n_flips + 1)
     return PairedTest(float(gaps.mean()), p_t, float(p), len(gaps))
