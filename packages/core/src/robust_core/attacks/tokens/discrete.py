@@ -146,27 +146,29 @@ def random_texts(space: TokenSpace, row: Tensor, places: Tensor, tokens: Tensor)
     return ids
 
 
-def importance(run: SearchRun, order: Order, *, blank: int | None = None) -> Tensor:
+def importance(run: SearchRun, order: Order, *, blank: int | None = None, among: Tensor | None = None) -> Tensor:
     """Return (b, S) how much hangs on each slot; -inf where there is none.
 
     Args:
         run: the search.
         order: ``"left"``, ``"gradient"`` or ``"deletion"``.
         blank: token that stands for "nothing" in ``"deletion"``.
+        among: (b,) bool, the rows that it is wanted of; the others' slots count from left to right.
     """
     space = run.space
     usable = space.n_alternatives > 0
     value = torch.arange(space.where.shape[1], 0, -1, device=run.device).expand(len(run), -1).double()
     active = run.active()
+    active = active if among is None else active[among[active]]
     if order == "gradient" and len(active):
         _, gradient = run.gradient(active, space.ids[active], space.where[active])
-        value = torch.zeros_like(value).index_copy(0, active, torch.linalg.vector_norm(gradient, dim=2).double())
+        value = value.index_copy(0, active, torch.linalg.vector_norm(gradient, dim=2).double())
     if order == "deletion":
         row, slot = (usable & run_mask(run, active)[:, None]).nonzero(as_tuple=True)
         ids = space.ids[row].clone()
         ids[torch.arange(len(row), device=run.device), space.where[row, slot]] = 0 if blank is None else blank
         losses = run.probe(row, ids) - run.best_loss[row]
-        value = torch.zeros_like(value).index_put((row, slot), losses.nan_to_num(posinf=-torch.inf).abs())
+        value = value.index_put((row, slot), losses.nan_to_num(posinf=-torch.inf).abs())
     return value.masked_fill(~usable, -torch.inf)
 
 
@@ -246,28 +248,31 @@ class Beam(TokenSearch):
             sequence = value.argsort(dim=1, descending=True, stable=True)
             rounds = sequence.shape[1] * self.n_sweeps
         stale, known = torch.zeros_like(everyone), run.best_loss.clone()
-        for step in range(rounds):
+        for number in range(rounds):
             going = run_mask(run, run.active())
             if self.patience is not None:
                 going &= stale < self.patience
             states = states.keep(going[states.row].nonzero()[:, 0])
             if not len(states.row):
                 return
-            states = self._round(run, states, sequence, step)
-            run.end_step(step)
-            if sequence is None or (step + 1) % sequence.shape[1] == 0:
+            sweep, visit = (0, number) if sequence is None else divmod(number, sequence.shape[1])
+            step = sweep * run.space.ids.shape[1] + visit
+            slot = None if sequence is None else sequence[:, visit]
+            states = self._round(run, states, slot, step, twins=self.width != 1 and (slot is None or sweep > 0))
+            run.end_step(number)
+            if sequence is None or visit + 1 == sequence.shape[1]:
                 stale = torch.where(run.best_loss < known, 0, stale + 1)
                 known = run.best_loss.clone()
 
-    def _round(self, run: SearchRun, states: _States, sequence: Tensor | None, step: int) -> _States:
-        children = _Children(run.space, states, None if sequence is None else sequence[:, step % sequence.shape[1]])
-        if sequence is None:
+    def _round(self, run: SearchRun, states: _States, slot: Tensor | None, step: int, *, twins: bool) -> _States:
+        """Return the best texts one change further, in one slot of each text or in any."""
+        children = _Children(run.space, states, slot)
+        if slot is None:
             pool = states.keep(torch.zeros(0, dtype=torch.int64, device=run.device))
         elif run.problem.stochastic:  # losses of another draw cannot be compared with the children's
             pool = replace(states, loss=run.query(states.row, states.ids, step=step))
         else:
             pool = states
-        twins = self.width != 1 and (sequence is None or step >= sequence.shape[1])
         for row, number in run.blocks(children.count(len(run)), _BLOCK):
             row, ids = children.texts(row, number)
             if twins:

@@ -47,21 +47,21 @@ def options_of(run: SearchRun, row: Tensor, where: Tensor) -> Options:
     """Return the candidates of some slots."""
     embedding = run.problem.embedding
     assert embedding is not None  # what `check` refuses
-    return Options(run.space, embedding, row, where)
+    return Options(run.space, embedding, row, where, padding=run.settings.padding)
 
 
 def chosen_slots(run: SearchRun) -> Tensor:
     """Return (b, m) the slots that a search may rewrite freely: all, or the most important of those within the budget.
 
-    Importance is the norm of the gradient at the original text, which costs one gradient where a choice is needed.
+    Importance is the norm of the gradient at the original text; it is asked for where a choice is needed.
     """
     space = run.space
     n_slots = (space.n_alternatives > 0).sum(1)
-    if bool((n_slots <= space.allowance).all()):
-        return space.where
-    value = importance(run, "gradient")
-    order = value.argsort(dim=1, descending=True, stable=True)
     m = max(int(torch.minimum(n_slots, space.allowance).max()), 1)
+    needed = n_slots > space.allowance
+    if not bool(needed.any()):
+        return space.where[:, :m]
+    order = importance(run, "gradient", among=needed).argsort(dim=1, descending=True, stable=True)
     chosen, rank = order[:, :m], torch.arange(m, device=run.device)
     return torch.where(rank < space.allowance[:, None], space.where.gather(1, chosen), -1)
 
@@ -95,7 +95,7 @@ class GCG(GradientSearch):
         options = options_of(run, everyone, run.space.where)
         for step in range(self.n_steps):
             row = run.active()
-            row = row[(run.space.n_alternatives[row] > 0).any(1)]
+            row = row[(run.space.n_alternatives[row] > 0).any(1) & (run.space.allowance[row] > 0)]
             if not len(row):
                 return
             losses, gradient = run.gradient(row, ids[row], run.space.where[row], step=step)
@@ -110,9 +110,9 @@ class GCG(GradientSearch):
             tried = self._exchanged(run, row, ids, column, text, exchange[text, place])
             found = run.query(row[text], tried, step=step)
             best = best_of(text, found, len(row))
-            moved = best < len(text)
+            moved = (best < len(text)).nonzero()[:, 0]
             if self.monotone:
-                moved &= found[best.clamp(max=len(text) - 1)] < losses
+                moved = moved[found[best[moved]] < losses[moved]]
             ids[row[moved]] = tried[best[moved]]
             run.end_step(step)
 
@@ -192,28 +192,29 @@ class NearestPGD(GradientSearch):
         everyone = torch.arange(len(run), device=run.device)
         options = options_of(run, everyone, where)
         unit = float(torch.linalg.vector_norm(options.embedding, dim=1, dtype=torch.float64).mean())
-        step = 0
-        for _ in range(self.n_rounds):
+        draws = self.n_steps + 1 + run.space.ids.shape[1]  # that a round may use
+        for number in range(self.n_rounds):
             row = run.active()
             row = row[(where[row] >= 0).any(1)]
             if not len(row):
                 return
-            points, row, step = self._perturbed(run, options, row, unit, step)
+            points, row = self._perturbed(run, options, row, unit, number * draws)
             if not len(row):
                 return
             some = options.select(row)
             present = run.best_ids[row].gather(1, some.where.clamp(min=0))
             column = some.nearest(points, metric=self.metric, other_than=present)
-            step = self._replaced(run, some, column, step)
+            self._replace(run, some, column, number * draws + self.n_steps)
+            run.end_step(number)
 
     def _perturbed(
-        self, run: SearchRun, options: Options, row: Tensor, unit: float, step: int
-    ) -> tuple[Tensor, Tensor, int]:
-        """Return where the vectors went, of which texts, after how many steps in all."""
+        self, run: SearchRun, options: Options, row: Tensor, unit: float, first: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return where the vectors went, and of which texts: those that have queries left."""
         base, where = run.best_ids.clone(), options.where
         start = options.vectors(base.gather(1, where.clamp(min=0)))
         points = start.clone()
-        for _ in range(self.n_steps):
+        for step in range(first, first + self.n_steps):
             row = row[run_mask(run, run.active())[row]]
             if not len(row):
                 break
@@ -225,16 +226,13 @@ class NearestPGD(GradientSearch):
                 far = torch.linalg.vector_norm(away, dim=2, keepdim=True).clamp(min=1e-30)
                 moved = start[row] + away * (self.eps * unit / far).clamp(max=1)
             points[row] = moved
-            step += 1
-        return points[row], row, step
+        return points[row], row
 
-    def _replaced(self, run: SearchRun, options: Options, column: Tensor, step: int) -> int:
+    def _replace(self, run: SearchRun, options: Options, column: Tensor, first: int) -> None:
         """Ask about the replacements, all at once and then one after the other from the most important on."""
         row = options.row
         if self.jointly:
-            run.query(row, options.write(run.best_ids[row], column), step=step)
-            run.end_step(step)
-            step += 1
+            run.query(row, options.write(run.best_ids[row], column), step=first)
         token = options.tokens(column)
         for slot in range(column.shape[1]):
             going = run_mask(run, run.active())[row] & (options.where[:, slot] >= 0)
@@ -242,7 +240,4 @@ class NearestPGD(GradientSearch):
             ids = run.best_ids[row[some]]
             ids[torch.arange(len(some), device=run.device), options.where[some, slot]] = token[some, slot]
             new = (ids != run.best_ids[row[some]]).any(1)
-            run.query(row[some][new], ids[new], step=step)
-            run.end_step(step)
-            step += 1
-        return step
+            run.query(row[some][new], ids[new], step=first + 1 + slot)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robust_core.attacks.tokens.space import TokenSpace
+from robust_core.models import padded
 
 __all__ = ["Options", "one_hot_gradient"]
 
@@ -40,13 +41,17 @@ class Options:
         embedding: (V, D) weights.
         row: (b,) texts of the space.
         where: (b, m) their slots; -1 for none.
+        padding: give a row's products the same bits in any company; see :class:`TokenSearch`.
 
     Attributes:
         own: (b, m) int64, the column of the original token.
     """
 
-    def __init__(self, space: TokenSpace, embedding: Tensor, row: Tensor, where: Tensor) -> None:
+    def __init__(
+        self, space: TokenSpace, embedding: Tensor, row: Tensor, where: Tensor, *, padding: bool = True
+    ) -> None:
         self.space, self.embedding = space, embedding.detach()
+        self._padded = padded if padding else (lambda x: x)
         self.row, self.where = row, where
         whole = len(space.table) == 1 and space.table.shape[1] == len(embedding)
         whole = whole and torch.equal(space.table[0], torch.arange(len(embedding), device=embedding.device))
@@ -57,6 +62,11 @@ class Options:
         shared = self.embedding if whole else self.embedding[space.table[0].clamp(min=0)]
         self._shared = shared if len(space.table) == 1 else None
         self._norm: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What moves in small steps is kept in single precision at least."""
+        return torch.promote_types(self.embedding.dtype, torch.float32)
 
     @property
     def valid(self) -> Tensor:
@@ -89,8 +99,7 @@ class Options:
 
     def vectors(self, token: Tensor) -> Tensor:
         """Return (..., D) embeddings of tokens (...) in at least single precision: what moves in small steps."""
-        vectors = self.embedding[token]
-        return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        return self.embedding[token].to(self.dtype)
 
     def write(self, ids: Tensor, column: Tensor) -> Tensor:
         """Return ``ids`` (b, T) with the tokens of columns (b, m) in the slots."""
@@ -102,7 +111,8 @@ class Options:
     def scores(self, gradient: Tensor) -> Tensor:
         """Return (b, m, C) gradients with respect to the one-hot columns, for gradients (b, m, D); 0 if invalid."""
         if self._shared is not None:
-            listed = one_hot_gradient(gradient, self._shared)
+            flat = gradient.flatten(0, 1)
+            listed = one_hot_gradient(self._padded(flat), self._shared)[: len(flat)].unflatten(0, gradient.shape[:2])
         else:
             listed = torch.cat([self._products(part, gradient) for part in self._parts()])
             listed = listed.reshape(*self.where.shape, -1)
@@ -123,7 +133,8 @@ class Options:
         """Return (b, m, D) mixtures of embeddings for weights (b, m, C), 0 where a column is invalid."""
         listed, own = weights[..., :-1], weights[..., -1:]
         if self._shared is not None:
-            mixed = listed @ self._shared.to(listed.dtype)
+            flat = listed.flatten(0, 1)
+            mixed = (self._padded(flat) @ self._shared.to(listed.dtype))[: len(flat)].unflatten(0, listed.shape[:2])
         else:
             flat = listed.flatten(0, 1)
             mixed = torch.cat([(flat[p, None] @ self._listed(p).to(flat.dtype))[:, 0] for p in self._parts()])
@@ -138,8 +149,7 @@ class Options:
             metric: ``"cosine"`` or ``"euclidean"``.
             other_than: (b, m) tokens to pass over.
         """
-        work = torch.promote_types(self.embedding.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(self.embedding, dim=1, dtype=work) if self._norm is None else self._norm
+        norm = torch.linalg.vector_norm(self.embedding, dim=1, dtype=self.dtype) if self._norm is None else self._norm
         self._norm = norm
         length = torch.cat([norm[self.space.table.clamp(min=0)][self._table_row], norm[self._own_token][..., None]], 2)
         score = self.scores(points)

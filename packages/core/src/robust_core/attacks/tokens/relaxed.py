@@ -131,9 +131,11 @@ def random_columns(run: SearchRun, options: Options, purpose: str) -> Tensor:
 class Simplex(Relaxed):
     """Projected gradient steps on probabilities of candidates.
 
-    The defaults are UnlearnDiffAtk's, but for its number of steps: ``Simplex(n_steps=2000, check_every=40)``.
+    The defaults are UnlearnDiffAtk's, but for its number of steps: ``Simplex(n_steps=2000, check_every=40)``. Adam
+    sees little more than the signs of the gradient; ``optimiser="sgd"`` is the plain projected gradient.
 
     Args:
+        optimiser: ``"adam"`` or ``"sgd"``.
         forward: what goes through the model: ``"sample"`` (one token drawn for each slot), ``"argmax"`` (the likeliest)
             or ``"soft"`` (the mixture of embeddings). The first two send the gradient straight through.
         init: ``"uniform"``, ``"own"`` (the original tokens) or ``"random"`` probabilities.
@@ -143,6 +145,7 @@ class Simplex(Relaxed):
 
     lr: float = 0.01
     weight_decay: float = 0.1
+    optimiser: Literal["adam", "sgd"] = "adam"
     forward: Literal["sample", "argmax", "soft"] = "sample"
     init: Literal["uniform", "own", "random"] = "uniform"
     clamp: float | None = 1.0
@@ -150,6 +153,7 @@ class Simplex(Relaxed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("optimiser", self.optimiser, ("adam", "sgd"))
         check_choice("forward", self.forward, ("sample", "argmax", "soft"))
         check_choice("init", self.init, ("uniform", "own", "random"))
         if self.clamp is not None:
@@ -161,15 +165,15 @@ class Simplex(Relaxed):
         """Return the first probabilities."""
         valid = options.valid
         if self.init == "own":
-            x = torch.zeros(valid.shape, device=run.device).scatter(2, options.own[..., None], 1.0)
+            x = torch.zeros(valid.shape, dtype=options.dtype, device=run.device).scatter(2, options.own[..., None], 1.0)
             x = torch.where(valid, x, 0)
         elif self.init == "random":
             streams = run.streams("simplex start").select(options.row)
-            draws = streams.uniform((valid.shape[1], valid.shape[2]))
+            draws = streams.uniform((valid.shape[1], valid.shape[2]), dtype=options.dtype)
             x = torch.where(valid, -draws.log(), 0)  # exponentials: uniform on the simplex
             x = x / x.sum(2, keepdim=True).clamp(min=1e-30)
         else:
-            x = valid / valid.sum(2, keepdim=True).clamp(min=1)
+            x = valid.to(options.dtype) / valid.sum(2, keepdim=True).clamp(min=1)
         return adam_state(x)
 
     def columns(self, options: Options, state: Rows) -> Tensor:
@@ -191,13 +195,17 @@ class Simplex(Relaxed):
         slope = slope if self.clamp is None else slope.clamp_(-self.clamp, self.clamp)
         valid = options.valid
         state = dict(state)
-        x = project_simplex(adam_step(state, slope, lr=self.lr, weight_decay=self.weight_decay), valid)
+        if self.optimiser == "adam":
+            x = adam_step(state, slope, lr=self.lr, weight_decay=self.weight_decay)
+        else:
+            x = state["x"] * (1 - self.lr * self.weight_decay) - self.lr * slope
+        x = project_simplex(x, valid)
         state["x"] = x if self.gini is None else project_entropy(x, self.gini, valid)
         return state
 
     def _drawn(self, run: SearchRun, options: Options, state: Rows, step: int) -> Tensor:
         streams = run.streams("simplex").select(options.row)
-        draw = streams.uniform((options.where.shape[1],), chunk=step)[..., None]
+        draw = streams.uniform((options.where.shape[1],), chunk=step, dtype=state["x"].dtype)[..., None]
         reach = state["x"].cumsum(2)
         column = torch.searchsorted(reach, draw * reach[..., -1:])
         return column.clamp(max=reach.shape[2] - 1)[..., 0]
