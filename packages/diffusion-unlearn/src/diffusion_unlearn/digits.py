@@ -2,7 +2,7 @@
 
 ``digits_pipeline()`` returns a ``StableDiffusionPipeline``: CLIP text model and tokenizer, ``AutoencoderKL``,
 ``UNet2DConditionModel`` and DDIM, 0.3 million weights, trained on the 8 x 8 digits of scikit-learn (1,797 images).
-Every digit has three names (three, drei, tres) and every name is one token. It is trained once and kept in ``$ROBUST_CACHE``
+Every digit has three names (three, drei, tres); a name is one token. Trained once, it is kept in ``$ROBUST_CACHE``
 (``~/.cache/robust`` if unset) in diffusers' own layout.
 
 Why the text encoder stays as it was drawn: one trained jointly maps the three names of a digit to nearly one vector, so
