@@ -26,11 +26,13 @@ from robust_core.evaluation import (
     Shift,
     TranslationConsistency,
     evaluate,
+    layout,
 )
 from robust_core.evaluation.arrays import load_arrays, save_arrays
 from robust_core.evaluation.metrics import fit_baseline
 from robust_core.evaluation.parts.certified import round_radii
 from robust_core.evaluation.schema import check_document
+from robust_core.evaluation.sections.base import Passage, Section
 from robust_core.testing.tiny import digits, digits_cnn
 from robust_core.threats import Linf
 
@@ -363,3 +365,11 @@ def test_several_certificates_share_one_section() -> None:
     assert "smoothing: each certificate is false with probability at most 0.001" in page
     alone = evaluate(model, (x[:8], y[:8]), parts[:1]).html()
     assert ">Guarantees<" not in alone
+
+
+def test_edited_texts_are_shown_as_such_and_escaped():
+    pieces = [("same", "a <b> "), ("old", "small & old"), ("same", " "), ("new", "big"), ("same", " word")]
+    section = Section("Texts", [], passages=[Passage("document 7", pieces)])
+    text = layout.Page(title="t", lead="l", cards=[], sections=[section], provenance=[]).html()
+    assert "<p>a &lt;b&gt; <del>small &amp; old</del> <ins>big</ins> word</p>" in text
+    Page(text)

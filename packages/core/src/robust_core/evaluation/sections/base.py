@@ -14,6 +14,7 @@ from robust_core.evaluation.metrics.estimate import Estimate
 from robust_core.evaluation.report import Report
 
 __all__ = [
+    "Passage",
     "Plot",
     "Section",
     "Table",
@@ -50,6 +51,14 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Passage:
+    """A text that somebody edited, as pieces ("same" | "old" | "new", text)."""
+
+    title: str
+    pieces: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
 class Section:
     """One part of the page."""
 
@@ -62,6 +71,7 @@ class Section:
     examples: Sequence[Mapping[str, Any]] = ()
     examples_text: str = ""
     examples_title: str = "What broke it"
+    passages: Sequence[Passage] = ()
 
 
 def percent(value: float) -> str:
