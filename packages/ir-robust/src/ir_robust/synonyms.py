@@ -28,24 +28,19 @@ from typing import Any
 
 import numpy as np
 
-from ir_robust.formats import lines
-from ir_robust.text import Words, is_word
+from ir_robust.rankers.vectors import WordVectors
+from ir_robust.text import is_word
 from ir_robust.wordnet import wordnet_neighbours
 from robust_core.checks import check_choice, check_count, check_number
 from robust_core.errors import MalformedFileError, ResourceError
 from robust_core.io import read_json
 
-__all__ = ["GraphReport", "SynonymGraph", "all_but_the_top", "read_vectors", "vocabulary_of"]
+__all__ = ["GraphReport", "SynonymGraph", "all_but_the_top"]
 
 PathLike = str | os.PathLike[str]
 EDGES = ("mutual", "either")
 MAX_CLUSTERED = 12_000
 """Words of one component that complete linkage takes: it needs all their distances at once."""
-
-
-def vocabulary_of(texts: Iterable[str]) -> list[str]:
-    """Return the words of texts, each once, in order."""
-    return sorted({word for text in texts for word in Words.of(text).words})
 
 
 @dataclass(frozen=True)
@@ -159,7 +154,7 @@ class SynonymGraph:
     @classmethod
     def from_vectors(
         cls,
-        vectors: Mapping[str, np.ndarray],
+        vectors: WordVectors,
         threshold: float = 0.9,
         *,
         n_remove_pc: int = 8,
@@ -169,7 +164,7 @@ class SynonymGraph:
         """Return the graph of all pairs of vectors above a threshold.
 
         Args:
-            vectors: word -> (D,); :func:`read_vectors` reads them.
+            vectors: of words, e.g. from :func:`ir_robust.rankers.vectors.read_vectors`.
             threshold: of the similarity.
             n_remove_pc: leading principal directions that are removed; they are those of *all* vectors.
             measure: ``"dot"``, as in the paper's code, or ``"cosine"`` after the removal.
@@ -177,8 +172,8 @@ class SynonymGraph:
         """
         check_number("threshold", threshold)
         check_choice("measure", measure, ("dot", "cosine"))
-        names = list(vectors)
-        flat = all_but_the_top(np.stack([vectors[name] for name in names]), n_remove_pc)
+        names = vectors.vocabulary.words[2:]  # behind the two place holders
+        flat = all_but_the_top(vectors.table[2:].detach().cpu().numpy(), n_remove_pc)
         if measure == "cosine":
             flat = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
         keep = None if words is None else frozenset(words)
@@ -347,38 +342,3 @@ def all_but_the_top(vectors: np.ndarray, n_remove_pc: int = 8) -> np.ndarray:
     _, directions = np.linalg.eigh(found.T @ found)  # rising
     top = directions[:, found.shape[1] - n_remove_pc :]
     return found - found @ top @ top.T
-
-
-def read_vectors(path: PathLike, *, words: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """Return word -> vector of a text file: a word and its numbers on each line (word2vec, GloVe, counter-fitted).
-
-    A first line of two numbers (word2vec's counts) is passed over.
-
-    Raises:
-        ResourceError: there is no such file.
-        MalformedFileError: a line of another length, something that is no finite number, a word twice.
-    """
-    keep = None if words is None else frozenset(words)
-    found: dict[str, np.ndarray] = {}
-    size = 0
-    for number, line in lines(path):
-        word, *rest = line.split()
-        if number == 1 and len(rest) == 1:
-            continue
-        size = size or len(rest)
-        if len(rest) != size:
-            raise MalformedFileError(f"{path}:{number}: {len(rest)} numbers; the lines above have {size}")
-        if keep is not None and word not in keep:
-            continue
-        try:
-            vector = np.array(rest, dtype=np.float64)
-        except ValueError:
-            vector = np.array([np.nan])
-        if not np.isfinite(vector).all():
-            raise MalformedFileError(f"{path}:{number}: the vector of {word!r} holds what is no number")
-        if word in found:
-            raise MalformedFileError(f"{path}:{number}: {word!r} stands here a second time")
-        found[word] = vector
-    if not found:
-        raise MalformedFileError(f"{path}: holds no vector" + ("" if keep is None else " of the words asked for"))
-    return found

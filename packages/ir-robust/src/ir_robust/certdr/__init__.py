@@ -40,7 +40,8 @@ from ir_robust.certdr.early import certify_list
 from ir_robust.certdr.representative import RepresentativeRanker
 from ir_robust.certdr.run import certify_run, fit_squash
 from ir_robust.certdr.smoothed import NoiseAugment, SmoothedRanker, SmoothedScores, Squash
-from ir_robust.synonyms import GraphReport, SynonymGraph, read_vectors, vocabulary_of
+from ir_robust.rankers.vectors import vocabulary_of
+from ir_robust.synonyms import GraphReport, SynonymGraph
 from ir_robust.tables import PerturbationTable, TableReport, deviation
 
 __all__ = [
@@ -65,7 +66,6 @@ __all__ = [
     "fit_squash",
     "mc_error",
     "predict_top_k",
-    "read_vectors",
     "score_bounds",
     "vocabulary_of",
 ]

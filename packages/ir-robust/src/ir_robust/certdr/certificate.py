@@ -16,9 +16,9 @@ and the rest certifies; then a document needs only the sides on which it is used
 (N - K + 1 bounds) would not do: that the K-th is above the outsiders does not place the K - 1 before it there. The
 paper's code subtracts :func:`mc_error`, a statement about one pair of documents at 90 %.
 
-Bounds: Hoeffding's; Chernoff's with the divergence of Bernoulli variables, never wider; empirical Bernstein's, far
-narrower where smoothed scores vary little; ``"best"`` gives half of the budget to each of the last two. ``"exact"``
-takes the means for g itself.
+Bounds: by betting (:mod:`robust_core.certificates.betting`), which heeds how little smoothed scores vary and holds at
+all sample numbers at once; Hoeffding's; Chernoff's with the divergence of Bernoulli variables, never wider; empirical
+Bernstein's. ``"exact"`` takes the means for g itself.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from ir_robust.certdr.smoothed import SmoothedScores
+from robust_core.certificates.betting import betting_lower, betting_upper
 from robust_core.certificates.statistics import (
     chernoff_lower,
     chernoff_upper,
@@ -54,7 +55,7 @@ __all__ = [
     "top_k_margin",
 ]
 
-BOUNDS = ("best", "bernstein", "chernoff", "hoeffding", "exact")
+BOUNDS = ("betting", "bernstein", "chernoff", "hoeffding", "exact")
 RULES = ("per_document", "paper")
 SELECTIONS = ("union", "split")
 
@@ -90,13 +91,19 @@ def mc_error(n: int, alpha: float = 0.05) -> float:
     return 2.0 * math.sqrt(math.log(2.0 / alpha) / (2.0 * check_count("n", n)))
 
 
-def score_bounds(scores: SmoothedScores, alpha: float | None, *, bound: str = "best") -> tuple[np.ndarray, np.ndarray]:
+def score_bounds(
+    scores: SmoothedScores, alpha: float | None, *, bound: str = "betting", planned: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return (N,) lower and (N,) upper bounds of g, *each* of the 2N failing with probability ``alpha`` at most.
 
     Args:
         scores: estimates.
         alpha: of each one-sided bound; not looked at where ``bound`` is ``"exact"``.
         bound: one of :data:`BOUNDS`.
+        planned: sample size that bets are made for, the same at every look; each document's own if None.
+
+    Raises:
+        ValueError: bets on estimates without their samples, or no ``alpha``.
     """
     check_choice("bound", bound, BOUNDS)
     mean, var, n = scores.mean, scores.var, scores.n
@@ -112,12 +119,21 @@ def score_bounds(scores: SmoothedScores, alpha: float | None, *, bound: str = "b
             1.0 - np.asarray(empirical_bernstein_lower(1.0 - mean, var, n, a)),
         ),
     }
-    if bound == "best":
-        (a, b), (c, d) = pairs["chernoff"](alpha / 2), pairs["bernstein"](alpha / 2)
-        lower, upper = np.maximum(a, c), np.minimum(b, d)
-    else:
-        lower, upper = pairs[bound](alpha)
+    lower, upper = _bets(scores, alpha, planned) if bound == "betting" else pairs[bound](alpha)
     return np.where(scores.exact, mean, lower), np.where(scores.exact, mean, upper)
+
+
+def _bets(scores: SmoothedScores, alpha: float, planned: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return (N,) lower and upper bounds by betting, documents of one sample size at a time."""
+    if scores.samples is None:
+        raise ValueError("bound='betting' needs the samples; choose 'chernoff' or 'bernstein' for means and variances")
+    lower, upper = np.zeros(len(scores)), np.ones(len(scores))
+    for size in np.unique(scores.n[~scores.exact]).tolist():
+        rows = np.flatnonzero((scores.n == size) & ~scores.exact)
+        values = np.stack([scores.samples[i] for i in rows])
+        lower[rows] = betting_lower(values, alpha, planned=planned)
+        upper[rows] = betting_upper(values, alpha, planned=planned)
+    return lower, upper
 
 
 def order_of(mean: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
@@ -156,7 +172,7 @@ def certify_top_k(
     ks: int | Sequence[int],
     *,
     alpha: float = 0.05,
-    bound: str = "best",
+    bound: str = "betting",
     rule: str = "per_document",
     selection: str = "union",
     selected_by: SmoothedScores | None = None,
@@ -243,7 +259,7 @@ def predict_top_k(
     *,
     incumbents: Sequence[int] | None = None,
     alpha: float = 0.001,
-    bound: str = "best",
+    bound: str = "betting",
     names: Sequence[str] | None = None,
 ) -> Prediction:
     """Return the top K from samples drawn at the time of the query: a document enters only if it is surely better.

@@ -1,8 +1,9 @@
 """Certificates of a whole list, and how to decide early: the same promises from a fraction of the samples.
 
-Looks at 64, 128, ... and n samples of a document are fixed beforehand. Each look's bounds have their own share of the
-budget, half of it the last one's, so the bounds of *all* looks of *all* documents hold jointly with probability
-1 - alpha, whichever are taken and in whatever order. So after each look one may
+Looks at 64, 128, ... and n samples of a document are fixed beforehand. Bounds by betting hold at all looks at once; of
+the others each look's have their own share of the budget, half of it the last one's. Either way the bounds of *all*
+looks of *all* documents hold jointly with probability 1 - alpha, whichever are taken and in whatever order. So after
+each look one may
 
 * certify a K as soon as the inequality holds (:mod:`ir_robust.certdr.certificate`);
 * give a K up once the gap is so small that all n samples would hardly certify it: giving up is always sound, and how
@@ -49,7 +50,7 @@ def certify_list(
     *,
     budget: WordBudget | float | int | None = None,
     alpha: float = 0.05,
-    bound: str = "best",
+    bound: str = "betting",
     rule: str = "per_document",
     selection: str = "union",
     early: bool = True,
@@ -130,7 +131,9 @@ class _Race:
         self.looks, n = looks_of(smoothed.n_samples), len(docs)
         m = len(self.looks)
         check_number("alpha", alpha, low=0.0, high=1.0, open_low=True, open_high=True)
-        shares = split_alpha(alpha, m, weights=[1.0] * (m - 1) + [max(m - 1.0, 1.0)])
+        shares: Sequence[float] = [alpha] * m  # bets need no more: they may be looked at whenever one likes
+        if bound != "betting":
+            shares = split_alpha(alpha, m, weights=[1.0] * (m - 1) + [max(m - 1.0, 1.0)])
         self.alphas = [share / (2 * max(n, 1)) for share in shares]
         self.alpha, self.bound, self.rule, self.names, self.patience = alpha, bound, rule, names, patience
         self.samplers = [smoothed.sampler(query, doc) for doc in docs]
@@ -150,10 +153,10 @@ class _Race:
         while self.open:
             self._look(rows)
             scores = self.scores
-            order = order_of(scores.mean, self.names)
+            order, hope = order_of(scores.mean, self.names), self._hope(scores)
             active = np.zeros(len(scores), dtype=bool)
             for k in list(self.open):
-                active |= self._judge(k, scores, order)
+                active |= self._judge(k, scores, order, hope)
             rows = np.flatnonzero(active)
         spent = int(sum(sampler.tally.n for sampler in self.samplers))
         self.found = {k: TopKCertificate(**{**vars(c), "n_samples": spent}) for k, c in self.found.items()}
@@ -165,18 +168,20 @@ class _Race:
         for level in sorted(set(self.level[rows].tolist())):
             here = self.level[rows] == level
             seen = SmoothedScores.of([t for t, chosen in zip(tallies, here, strict=True) if chosen])
-            lower, upper = score_bounds(seen, self.alphas[level], bound=self.bound)
+            lower, upper = score_bounds(seen, self.alphas[level], bound=self.bound, planned=self.looks[-1])
             at = rows[here]
             self.lower[at] = np.maximum(self.lower[at], lower)
             self.upper[at] = np.minimum(self.upper[at], upper)
 
-    def _judge(self, k: int, scores: SmoothedScores, order: np.ndarray) -> np.ndarray:
+    def _judge(
+        self, k: int, scores: SmoothedScores, order: np.ndarray, hope: tuple[np.ndarray, np.ndarray]
+    ) -> np.ndarray:
         """Close K if it can be closed; return (N,) bool, the documents that should be looked at further."""
         inside = np.zeros(len(scores), dtype=bool)
         inside[order[:k]] = True
         margin = top_k_margin(self.lower, self.upper, self.devs, inside, self.rule)
         none = np.zeros(len(scores), dtype=bool)
-        if margin <= 0.0 and not self._hopeless(scores, inside):
+        if margin <= 0.0 and top_k_margin(*hope, self.devs, inside, self.rule) > 0.0:
             active = self._blocking(scores.mean, inside)
             if active.any():
                 return active
@@ -193,16 +198,24 @@ class _Race:
         worst = self.devs[~inside].max() if self.rule == "paper" and not inside.all() else self.devs
         return np.where(inside, 0.0, worst)
 
-    def _hopeless(self, scores: SmoothedScores, inside: np.ndarray) -> bool:
-        """Return whether all samples would hardly certify, as far as can be told from those so far."""
+    def _hope(self, scores: SmoothedScores) -> tuple[np.ndarray, np.ndarray]:
+        """Return what all samples would at best give, as far as can be told: lower bounds if inside, upper if not."""
         last = self.looks[-1]
         left = np.where(scores.exact, 0.0, np.maximum(1.0 / scores.n - 1.0 / last, 0.0))
         luck = self.patience * np.sqrt(np.maximum(scores.var, 1e-6) * left)
+        above, below = (np.clip(scores.mean + side * luck, 0.0, 1.0) for side in (1, -1))
+        if self.bound == "betting":  # what bets amount to at their planned size, about
+            log = -np.log(self.alphas[-1]) * ~scores.exact
+            width = np.sqrt(2.0 * scores.var * log / last)
+            return above - width - 0.5 * log * above / last, below + width + 0.5 * log * (1.0 - below) / last
         final = np.where(scores.exact, scores.n, last)
-        hope = np.clip(np.where(inside, scores.mean + luck, scores.mean - luck), 0.0, 1.0)
-        best = SmoothedScores(hope, scores.var, final, scores.exact)
-        lower, upper = score_bounds(best, self.alphas[-1], bound=self.bound)
-        return top_k_margin(lower, upper, self.devs, inside, self.rule) <= 0.0
+        lower, _ = score_bounds(
+            SmoothedScores(above, scores.var, final, scores.exact), self.alphas[-1], bound=self.bound
+        )
+        _, upper = score_bounds(
+            SmoothedScores(below, scores.var, final, scores.exact), self.alphas[-1], bound=self.bound
+        )
+        return lower, upper
 
     def _blocking(self, mean: np.ndarray, inside: np.ndarray) -> np.ndarray:
         """Return (N,) bool: unfinished documents that stand in the way of this K."""

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,12 @@ from ir_robust.certdr.certificate import TopKCertificate
 from ir_robust.certdr.early import certify_list
 from ir_robust.certdr.smoothed import SmoothedRanker, Squash
 from ir_robust.collection import Collection
+from ir_robust.finished import Finished
 from ir_robust.formats import Run
 from ir_robust.rankers.base import as_ranker, candidates, scores_of
 from ir_robust.tables import PerturbationTable
 from robust_core.certificates.statistics import clopper_pearson
 from robust_core.checks import check_count
-from robust_core.errors import CheckpointError
-from robust_core.io import parse_json
 from robust_core.models import fingerprint
 from robust_core.random import Seed, resolve_seed
 
@@ -57,7 +56,7 @@ def certify_run(
     alpha: float = 0.05,
     squash: Squash | str | None = "fit",
     depth: int | None = 100,
-    bound: str = "best",
+    bound: str = "betting",
     rule: str = "per_document",
     selection: str = "union",
     early: bool = True,
@@ -130,17 +129,18 @@ def certify_run(
     }
     judge = getattr(ranker, "network", ranker)
     model = fingerprint(judge) if isinstance(judge, nn.Module) else type(ranker).__name__
-    kept = _Finished(resume, {"threat": threat, "settings": settings, "model": model, "lists": _hash(lists, data)})
+    about = {"threat": threat, "settings": settings, "model": model, "lists": _hash(lists, data)}
     options = {"budget": budget, "alpha": alpha, "bound": bound, "rule": rule, "selection": selection, "early": early}
-    for done, (qid, docnos) in enumerate(lists.items(), 1):
-        if qid not in kept.rows:
-            texts = [data.docs[docno] for docno in docnos]
-            found, scores = certify_list(smoothed, data.queries[qid], texts, list(ks), names=docnos, **options)
-            run_row = dict(zip(docnos, scores.mean.tolist(), strict=True))
-            kept.add({**_row(qid, docnos, found, scores.n_queries), "scores": run_row})
-        if on_step is not None:
-            on_step("certify", done, len(lists))
-    rows = [kept.rows[qid] for qid in lists]
+
+    def certify(qid: str) -> dict[str, Any]:
+        docnos = lists[qid]
+        texts = [data.docs[docno] for docno in docnos]
+        found, scores = certify_list(smoothed, data.queries[qid], texts, list(ks), names=docnos, **options)
+        row = _row(qid, docnos, found, scores.n_queries)
+        return {**row, "scores": dict(zip(docnos, scores.mean.tolist(), strict=True))}
+
+    step = None if on_step is None else partial(on_step, "certify")
+    rows = list(Finished(resume, about).work(lists, certify, step).values())
     return {
         "schema": SCHEMA,
         "threat": threat,
@@ -187,36 +187,3 @@ def _hash(lists: Mapping[str, Sequence[str]], data: Collection) -> str:
         row = [qid, data.queries[qid], [[docno, data.docs[docno]] for docno in docnos]]
         digest.update(json.dumps(row).encode())
     return digest.hexdigest()
-
-
-class _Finished:
-    """Rows of finished queries, kept in a file of lines where one is asked for."""
-
-    def __init__(self, path: PathLike | None, about: Mapping[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
-        self.rows: dict[str, dict[str, Any]] = {}
-        if self.path is None:
-            return
-        head = json.dumps(about, sort_keys=True)
-        if not self.path.exists():
-            self.path.write_text(head + "\n")
-            return
-        first, *rest = self.path.read_text().split("\n")
-        if first != head:
-            raise CheckpointError(
-                f"{self.path}: was written with other settings, table, ranker or lists; remove it, or name another file"
-            )
-        whole = rest[:-1]  # what stands behind the last line's end was cut off by a crash
-        self.path.write_text("\n".join([first, *whole, ""]))
-        for line in whole:
-            row: Any = parse_json(line.encode(), source=str(self.path))
-            self.rows[row["qid"]] = row
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Keep a row."""
-        self.rows[row["qid"]] = row
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -79,12 +79,28 @@ class Tally:
         total: sum of f.
         square: sum of its squares.
         exact: all variants were scored, so the mean is g itself.
+        parts: the samples themselves, in order.
     """
 
     n: int = 0
     total: int = 0
     square: int = 0
     exact: bool = False
+    parts: list[np.ndarray] = field(default_factory=list, repr=False)
+
+    def add(self, levels: np.ndarray) -> None:
+        """Add (n,) levels, whole numbers in float64; sums stay exact for 8,192 of them."""
+        self.n += len(levels)
+        self.total += int(levels.sum())
+        self.square += int((levels * levels).sum())
+        self.parts.append(levels.astype(np.int32))
+
+    @property
+    def samples(self) -> np.ndarray:
+        """(n,) values of f in the order in which they were drawn, float64."""
+        if len(self.parts) != 1:
+            self.parts = [np.concatenate(self.parts) if self.parts else np.empty(0, dtype=np.int32)]
+        return self.parts[0] / LEVELS
 
     @property
     def mean(self) -> float:
@@ -100,13 +116,15 @@ class Tally:
 
     def copy(self) -> Tally:
         """Return the tally as it stands."""
-        return replace(self)
+        return replace(self, parts=list(self.parts))
 
     def since(self, earlier: Tally) -> Tally:
         """Return the samples after ``earlier``, which are independent of those before; exact means stay exact."""
         if self.exact:
             return self.copy()
-        return Tally(self.n - earlier.n, self.total - earlier.total, self.square - earlier.square)
+        rest = np.round(self.samples[earlier.n :] * LEVELS).astype(np.int32)
+        sums = (self.n - earlier.n, self.total - earlier.total, self.square - earlier.square)
+        return Tally(*sums, parts=[rest])
 
 
 @dataclass(frozen=True)
@@ -119,6 +137,7 @@ class SmoothedScores:
         n: (N,) samples.
         exact: (N,) bool: the mean is g itself, no estimate.
         n_queries: scores asked of the ranker.
+        samples: (n,) values of each document in the order drawn, where they were kept.
     """
 
     mean: np.ndarray
@@ -126,6 +145,7 @@ class SmoothedScores:
     n: np.ndarray
     exact: np.ndarray
     n_queries: int = 0
+    samples: tuple[np.ndarray, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("mean", "var", "n", "exact"):
@@ -152,7 +172,7 @@ class SmoothedScores:
         """Return the estimates of tallies."""
         columns = [(t.mean, t.var, t.n, t.exact) for t in tallies]
         mean, var, n, exact = (np.array(column) for column in zip(*columns, strict=True))
-        return cls(mean, var, n, exact, int(n.sum()))
+        return cls(mean, var, n, exact, int(n.sum()), tuple(tally.samples for tally in tallies))
 
 
 class SmoothedRanker:
@@ -302,11 +322,7 @@ class Sampler:
         return self.tally
 
     def _add(self, scores: Tensor) -> None:
-        # whole numbers below 2**53, so the sums are exact in any order; one transfer from the device
-        total, square = torch.stack([scores.sum(), scores.square().sum()]).tolist()
-        self.tally.n += len(scores)
-        self.tally.total += int(total)
-        self.tally.square += int(square)
+        self.tally.add(scores.cpu().numpy())
 
     def picks(self, start: int, stop: int) -> Tensor:
         """Return (stop - start, F) which member of its set each free word becomes in samples ``start .. stop - 1``."""
