@@ -33,8 +33,10 @@ def test_terms_stand_where_they_were_put():
     assert spam_terms(DOC, ["wing", "drag"], "tail") == f"{DOC} wing drag"
     mixed = spam_terms(DOC, ["wing", "wing", "drag"], "random", generator=3)
     words, left = Words.of(mixed).words, list(Words.of(DOC).words)
-    assert len(words) == len(left) + 3 and sorted(words) == sorted([*left, "wing", "wing", "drag"])
-    assert spam_terms("", ["wing"]) == "wing" and spam_terms(DOC, []) == DOC
+    assert len(words) == len(left) + 3
+    assert sorted(words) == sorted([*left, "wing", "wing", "drag"])
+    assert spam_terms("", ["wing"]) == "wing"
+    assert spam_terms(DOC, []) == DOC
 
 
 def test_sentences_are_split_put_in_and_put_together_again():
@@ -43,7 +45,8 @@ def test_sentences_are_split_put_in_and_put_together_again():
     assert insert_sentence(DOC, "Wings are swept.") == f"Wings are swept. {DOC}"
     assert insert_sentence(DOC, "Wings are swept.", "tail") == f"{DOC} Wings are swept."
     places = {insert_sentence(DOC, "Wings are swept.", "random", generator=seed) for seed in range(20)}
-    assert len(places) == 3 and any("grows. Wings are swept. It" in text for text in places)
+    assert len(places) == 3
+    assert any("grows. Wings are swept. It" in text for text in places)
     assert delete_words(DOC, [1, 2]) == "The grows. It separates, at the rear; so drag rises!"
 
 
@@ -54,7 +57,8 @@ def test_a_repeated_term_adds_no_more_than_its_saturation():
         index = judge.index
         limit = index.idf["wing"] / (1 + index.k1 * b / index.mean_length)
         scores = [float(judge.score("wing", [spam_terms("", ["wing"] * r)])[0]) for r in (1, 10, 1000, 100_000)]
-        assert all(np.diff(scores) > 0) and scores[-1] < limit + 1e-12
+        assert all(np.diff(scores) > 0)
+        assert scores[-1] < limit + 1e-12
         np.testing.assert_allclose(scores[-1], limit, rtol=2e-4)
         assert limit <= index.idf["wing"] * (index.k1 + 1)  # the textbook's form has this factor more
 
@@ -71,7 +75,9 @@ def test_edits_of_a_query_leave_documents_without_its_words_alone():
 def test_spam_climbs_within_its_budget(place):
     attack = TermSpamming(WordBudget(share=0.0, insertions=4), place=place)
     (found,) = attack_list(attack, ranker(), QUERY, DOCS, ["d"], k=1)
-    assert found.boost > 0 and len(found.edits) == 4 and not any(edit.old for edit in found.edits)
+    assert found.boost > 0
+    assert len(found.edits) == 4
+    assert not any(edit.old for edit in found.edits)
     assert found.n_queries == (4 if place == "best" else 0)
 
 
@@ -99,7 +105,9 @@ def test_a_sentence_of_a_relevant_document_goes_in_if_it_fits_and_helps():
     assert known == {QUERY: ["Drag of a swept wing at high speed, and the drag of its tips."]}
     attack = SentenceInjection(known, WordBudget(share=0.0, insertions=14))
     (found,) = attack_list(attack, ranker(), QUERY, DOCS, ["d"], k=1)
-    assert found.text.startswith("Drag of a swept wing") and found.boost > 0 and found.n_queries == 2
+    assert found.text.startswith("Drag of a swept wing")
+    assert found.boost > 0
+    assert found.n_queries == 2
     short = SentenceInjection(known, WordBudget(share=0.0, insertions=5))
     assert short(ranker(), QUERY, DOC, np.zeros(0), 1) == (DOC, 0)
     worse = SentenceInjection(lambda query: ["Panels flutter."])
@@ -113,7 +121,8 @@ def test_deletion_takes_the_words_that_cost_most():
     (one,) = attack_list(Deletion(WordBudget(share=0.12)), judge, "panels", docs, ["d"])
     assert [edit.old for edit in one.edits] == ["flutter"]
     (more,) = attack_list(Deletion(WordBudget(share=1.0)), judge, "panels", docs, ["d"])
-    assert more.score[1] == 2.0 and {"panels", "nothing"} <= set(Words.of(more.text).words)
+    assert more.score[1] == 2.0
+    assert {"panels", "nothing"} <= set(Words.of(more.text).words)
 
 
 def test_words_added_before_a_capital_are_counted_as_added():

@@ -358,7 +358,7 @@ def operator(thing: Any) -> QueryPerturbation:
     if not callable(thing):
         raise TypeError(f"operators: {type(thing).__name__} cannot be called; (query, generator) -> query is needed")
     if isinstance(getattr(thing, "name", None), str):
-        return thing
+        return cast("QueryPerturbation", thing)
     name: Any = getattr(thing, "__name__", type(thing).__name__)
     return Rewrite(cast("Callable[..., str]", thing), str(name))
 

@@ -187,8 +187,8 @@ def _hollow(session: Session, models: Sequence[Contestant], details: Sequence[Ma
     means = {who.name: float(session.clean(who).rows[session.measures[0]].mean()) for who in models}
     top = max(means.values())
     return [
-        f"{task['best']} is best in {task['title'].lower()} at a mean of {means[task['best']]:.3f}, where {top:.3f} can "
-        "be had: a bad ranker has little to lose"
+        f"{task['best']} is best in {task['title'].lower()} at a mean of {means[task['best']]:.3f}, where {top:.3f} is "
+        "to be had: a bad ranker has little to lose"
         for task in details
         if task["best"] is not None and means[task["best"]] < HOLLOW * top
     ]

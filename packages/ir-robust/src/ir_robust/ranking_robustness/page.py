@@ -214,7 +214,7 @@ def _paired(report: RobustnessReport) -> Section | None:
         return None
     text = (
         "Differences of the compared figures, a less b, with bootstrap intervals that resample the same queries for "
-        "both; tests on what each query keeps of its model's own mean (for the variance task: on effectiveness itself). "
+        "both; tests on what each query keeps of its model's own mean (in the variance task: on effectiveness itself). "
         "They are not corrected for their number."
     )
     header = ["task", "a", "b", "difference", "95 % interval", "p (t)", "p (randomisation)"]

@@ -80,10 +80,25 @@ class Outcome:
 class Task(Protocol):
     """A measurement of every model."""
 
-    name: str
-    title: str
-    headline: str
-    higher_is_better: bool
+    @property
+    def name(self) -> str:
+        """In names of figures."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """In tables."""
+        ...
+
+    @property
+    def headline(self) -> str:
+        """What is compared, in words."""
+        ...
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more of it is."""
+        ...
 
     def measure(self, session: Session, models: Sequence[Contestant]) -> dict[str, Outcome]:
         """Return model -> what was found."""
