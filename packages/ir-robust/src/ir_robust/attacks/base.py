@@ -74,7 +74,10 @@ class WordBudget:
 class DocumentAttack(Protocol):
     """Edits one document."""
 
-    budget: WordBudget
+    @property
+    def budget(self) -> WordBudget:
+        """How many words it may change or add."""
+        ...
 
     def __call__(
         self, ranker: Ranker, query: str, doc: str, rivals: np.ndarray, k: int, *, generator: Seed = None
@@ -181,9 +184,9 @@ def check_budget(before: str, after: str, budget: WordBudget) -> tuple[Edit, ...
         edits, opposite = align(old.words, new.words, substitution, deletion)
         changed, added = sum(1 for e in edits if e.old), sum(1 for e in edits if not e.old)
         if changed <= allowed and added <= budget.insertions:
-            rest = _other_changes(old, new, opposite)
-            # which of two equal words was added is anybody's guess, so signs may have moved with the other one
-            if not rest or (len(rest) <= added and max(rest.values()) <= SIGNS):
+            rest, moved = _other_changes(old, new, opposite), added + sum(1 for e in edits if not e.new)
+            # which of two equal words was added or deleted is anybody's guess: signs may have moved with the other one
+            if not rest or (len(rest) <= moved and max(rest.values()) <= SIGNS):
                 return edits
             trouble = trouble or next(iter(rest))
     told = f"the attack changed {changed} words of {allowed} allowed and added {added} of {budget.insertions}"
