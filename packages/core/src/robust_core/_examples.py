@@ -15,9 +15,13 @@ __all__ = [
     "crown",
     "fab",
     "gaussian_training",
+    "gcg",
+    "greedy_tokens",
     "interval_bounds",
     "lipschitz_certificate",
+    "pez",
     "randomized_smoothing",
+    "simplex_tokens",
     "square",
     "trades",
     "zeroth_order",
@@ -172,3 +176,47 @@ def label_noise() -> Case:
         return symmetric(y, 0.4, include_true=False, n_classes=10, generator=generator).y
 
     return Case(noisy, digits_cnn(), x[:64].clone(), y[:64].clone(), {"per_sample": False})
+
+
+def _tokens(subject: object) -> Case:
+    """A bag of words whose score two of its words raise: slots 2 and 3 of eight texts may hold any of 40."""
+    import torch
+
+    from robust_core.attacks.tokens import TokenProblem, TokenSpace
+    from robust_core.testing.planted import PlantedTrigger
+
+    model = PlantedTrigger()
+    ids = torch.arange(8)[:, None] + torch.arange(10, 16)
+    editable = torch.zeros_like(ids, dtype=torch.bool)
+    editable[:, 2:4] = True
+    space = TokenSpace.vocabulary(ids, editable, len(model.embedding), banned=[0])
+    problem = TokenProblem(space, embedded=model, embedding=model.embedding, goal=model.goal, models=[model])
+    return Case(subject, model, ids, torch.zeros(8, dtype=torch.int64), {"problem": problem})
+
+
+def greedy_tokens() -> Case:
+    """Return greedy search for the trigger of a planted weakness."""
+    from robust_core.attacks.tokens import Greedy
+
+    return _tokens(Greedy())
+
+
+def gcg() -> Case:
+    """Return GCG on a planted trigger."""
+    from robust_core.attacks.tokens import GCG
+
+    return _tokens(GCG(n_steps=20, n_candidates=16, top_k=8))
+
+
+def simplex_tokens() -> Case:
+    """Return projected gradient steps on probabilities, on a planted trigger."""
+    from robust_core.attacks.tokens import Simplex
+
+    return _tokens(Simplex(n_steps=60, lr=0.3, optimiser="sgd"))
+
+
+def pez() -> Case:
+    """Return PEZ on a planted trigger."""
+    from robust_core.attacks.tokens import Projected
+
+    return _tokens(Projected(n_steps=300))

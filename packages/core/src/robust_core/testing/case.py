@@ -19,7 +19,7 @@ class Case:
         model: the network it is used on (for a defence: the defence itself).
         x: (B, ...) inputs in [0, 1], B of at least 8; int64 where they are tokens.
         y: (B,) labels: int64, or probabilities for objectives of preferences.
-        extra: whatever else the kind needs, by name.
+        extra: whatever else the kind needs, by name; ``problem`` (a ``TokenProblem``) for attacks on tokens.
     """
 
     subject: Any

@@ -19,6 +19,12 @@ from torch import Tensor, nn
 from robust_core.methods import MethodCard, load
 from robust_core.models import frozen, predict_logits
 from robust_core.testing.case import Case
+from robust_core.testing.token_checks import (
+    token_attack_makes_no_query_beyond_its_limit,
+    token_attack_repeats_and_ignores_neighbours,
+    token_attack_reports_truth_inside_the_space,
+    token_attack_succeeds_on_its_example,
+)
 
 __all__ = ["CHECKS", "check_method", "left_as_found", "refuses"]
 
@@ -34,8 +40,9 @@ def check_method(card: MethodCard) -> list[str]:
     """
     load(card.target)
     build = load(card.example)
-    checks = CHECKS.get(card.kind, ())
-    _require(bool(checks), f"the kit has no checks for kind {card.kind!r}")
+    kind = "attack on tokens" if card.kind == "attack" and "problem" in build().extra else card.kind
+    checks = CHECKS.get(kind, ())
+    _require(bool(checks), f"the kit has no checks for kind {kind!r}")
     for check in checks:
         check(build())
     return [check.__name__ for check in checks]
@@ -186,6 +193,12 @@ def attack_breaks_the_breakable(case: Case) -> None:
     attack = replace(case.subject, threat=threat.with_eps(radius[threat.name]))
     success = attack.run(model, case.x, y).success
     _require(bool(success.all()), f"{int((~success).sum())} of {len(y)} samples of a breakable model survived")
+
+
+def token_attack_leaves_the_model(case: Case) -> None:
+    """Modes, flags, gradients, hooks and global state stay as found."""
+    with left_as_found(case.model):
+        case.subject.run(case.extra["problem"])
 
 
 # -- objectives ------------------------------------------------------------------------------------------------
@@ -441,6 +454,13 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         attack_leaves_the_model,
         attack_refuses_bad_input,
         attack_breaks_the_breakable,
+    ),
+    "attack on tokens": (
+        token_attack_reports_truth_inside_the_space,
+        token_attack_repeats_and_ignores_neighbours,
+        token_attack_makes_no_query_beyond_its_limit,
+        token_attack_leaves_the_model,
+        token_attack_succeeds_on_its_example,
     ),
     "objective": (
         objective_gives_a_loss,

@@ -15,6 +15,7 @@ __all__ = [
     "BatchDependent",
     "CrossMax",
     "Noisy",
+    "PlantedTrigger",
     "Probabilities",
     "Quantised",
     "Saturated",
@@ -169,3 +170,30 @@ class StuckInTraining(_Around):
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, C) logits of an input with holes."""
         return self.model(nn.functional.dropout(x, self.rate, training=self.training))
+
+
+class PlantedTrigger(nn.Module):
+    """A score of texts that two tokens in two places, and nothing else, bring to the goal.
+
+    ``model(embeddings (n, T, D), text) -> (n,)`` falls with the cosines of the tokens in places 2 and 3 to those of the
+    trigger, so that gradients and single exchanges lead to it; ``embedding`` (V, D) are the weights, ``goal`` the loss
+    that the trigger alone reaches.
+
+    Args:
+        trigger: the two tokens.
+        n_tokens: size of the vocabulary.
+    """
+
+    goal = -1.95
+
+    def __init__(self, trigger: tuple[int, int] = (7, 9), n_tokens: int = 40) -> None:
+        super().__init__()
+        draws = torch.randn(n_tokens, 8, generator=torch.Generator().manual_seed(0))
+        self.embedding = nn.Parameter(nn.functional.normalize(draws, dim=1))
+        self.dropout = nn.Dropout()
+        self.trigger = trigger
+
+    def forward(self, embeddings: Tensor, text: Tensor) -> Tensor:
+        """Return (n,) losses."""
+        near = (self.dropout(embeddings[:, 2:4]) * self.embedding[list(self.trigger)]).sum(2)
+        return -(near + near**3).sum(1) / 2 + 0 * text

@@ -157,9 +157,8 @@ class SearchRun:
         self.settings, self.problem, self.space = search, problem, problem.space.rows(rows)
         self._rows, self._index, self._seed, self._report = rows, index, seed, report
         n, device = len(rows), rows.device
-        goal = problem.goal
-        self.goal = goal[rows] if isinstance(goal, Tensor) else torch.full((n,), -torch.inf if goal is None else goal)
-        self.goal = self.goal.to(device=device, dtype=torch.float64)
+        goal = torch.as_tensor(-torch.inf if problem.goal is None else problem.goal)
+        self.goal = goal.to(device=device, dtype=torch.float64).expand(len(problem.space))[rows]
         self.best_ids = self.space.ids.clone()
         self.best_loss = torch.full((n,), torch.nan, dtype=torch.float64, device=device)
         self.initial_loss = self.best_loss

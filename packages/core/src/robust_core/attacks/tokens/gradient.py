@@ -58,12 +58,12 @@ def chosen_slots(run: SearchRun) -> Tensor:
     space = run.space
     n_slots = (space.n_alternatives > 0).sum(1)
     m = max(int(torch.minimum(n_slots, space.allowance).max()), 1)
-    needed = n_slots > space.allowance
-    if not bool(needed.any()):
-        return space.where[:, :m]
-    order = importance(run, "gradient", among=needed).argsort(dim=1, descending=True, stable=True)
-    chosen, rank = order[:, :m], torch.arange(m, device=run.device)
-    return torch.where(rank < space.allowance[:, None], space.where.gather(1, chosen), -1)
+    places, rank = space.where, torch.arange(m, device=run.device)
+    needed = (n_slots > space.allowance) & (space.allowance > 0)
+    if bool(needed.any()):
+        value = importance(run, "gradient", among=needed)
+        places = places.gather(1, value.argsort(dim=1, descending=True, stable=True))
+    return torch.where(rank < space.allowance[:, None], places[:, :m], -1)
 
 
 @dataclass(frozen=True)

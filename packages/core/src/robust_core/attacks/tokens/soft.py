@@ -99,7 +99,7 @@ class SoftTokens:
         everyone = torch.arange(len(run), device=run.device)
         options = options_of(run, everyone, run.space.where)
         if isinstance(self.init, Tensor):
-            start = self.init[rows].to(torch.promote_types(self.init.dtype, torch.float32))
+            start = self.init.to(rows.device)[rows].to(torch.promote_types(self.init.dtype, torch.float32))
         else:
             column = random_columns(run, options, "soft start") if self.init == "random" else options.own
             start = options.vectors(options.tokens(column))
