@@ -219,4 +219,4 @@ def pez() -> Case:
     """Return PEZ on a planted trigger."""
     from robust_core.attacks.tokens import Projected
 
-    return _tokens(Projected(n_steps=300))
+    return _tokens(Projected(n_steps=100))

@@ -189,6 +189,7 @@ class PlantedTrigger(nn.Module):
     def __init__(self, trigger: tuple[int, int] = (7, 9), n_tokens: int = 40) -> None:
         super().__init__()
         draws = torch.randn(n_tokens, 8, generator=torch.Generator().manual_seed(0))
+        draws[list(trigger)] = draws[list(trigger)].sign()  # Adam follows signs: they lead there too
         self.embedding = nn.Parameter(nn.functional.normalize(draws, dim=1))
         self.dropout = nn.Dropout()
         self.trigger = trigger
