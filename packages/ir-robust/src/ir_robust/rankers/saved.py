@@ -33,7 +33,11 @@ WORD_MODELS = {
     "duet": "ir_robust.rankers.duet:Duet",
     "knrm": "ir_robust.rankers.knrm:KNRM",
 }
-ADAPTERS: dict[str, str] = {}
+ADAPTERS = {
+    "bi": "ir_robust.rankers.encoders:load_bi",
+    "colbert": "ir_robust.rankers.encoders:load_colbert",
+    "cross": "ir_robust.rankers.cross:load_cross",
+}
 
 
 def save_ranker(folder: str | os.PathLike[str], ranker: Any, about: Mapping[str, Any] | None = None) -> None:
