@@ -16,7 +16,7 @@ from robust_core.words import check_word
 if TYPE_CHECKING:
     from ir_robust.report import RankingReport
 
-__all__ = ["app"]
+__all__ = ["app", "command"]
 
 app = typer.Typer(no_args_is_help=True, help="Attack, certify and evaluate your own ranker.")
 
@@ -59,7 +59,8 @@ def _root() -> None:
     """Attack, certify and evaluate your own ranker."""
 
 
-def _command() -> str:
+def command() -> str:
+    """Return the command that is running, to run it again."""
     return shlex.join(["robust", *sys.argv[1:]])
 
 
@@ -80,7 +81,7 @@ def _show(report: RankingReport, out: Path | None, json: bool) -> None:
 def _told(run: Path, n_queries: int, depth: int, data: str, json: bool) -> None:
     if json:
         about = {"schema": "robust.run/1", "run": str(run), "queries": n_queries, "depth": depth, "data": data}
-        console.emit_json({**about, "command": _command()})
+        console.emit_json({**about, "command": command()})
     else:
         console.info(f"{n_queries} queries, at most {depth} documents each: {run}")
 
@@ -199,7 +200,7 @@ def evaluate(
     if not judged:
         raise ValueError(f"--corpus {corpus}: no judgements; --qrels is needed")
     result = evaluate_runs(
-        runs, judged, listed("--measures", measures), tau=tau, generator=seed, command=_command(), **about
+        runs, judged, listed("--measures", measures), tau=tau, generator=seed, command=command(), **about
     )
     _show(result, out, json)
 
@@ -247,7 +248,7 @@ def attack(
         first = run_of(run, data, depth, report)
         result = attack_run(
             judge, data, first, found, k=k, depth=depth, targets=targets, measures=listed("--measures", measures),
-            batch_size=batch_size, generator=seed, resume=resume, name=ranker, device=str(chosen), command=_command(),
+            batch_size=batch_size, generator=seed, resume=resume, name=ranker, device=str(chosen), command=command(),
             on_step=report,
         )  # fmt: skip
     _show(result, out, json)
@@ -308,6 +309,6 @@ def certify(
             judge, PerturbationTable(graph, cap), data, first, sorted(set(k or (1, 5, 10))), budget=share,
             measures=listed("--measures", measures), depth=depth, generator=seed, source=synonyms,
             threshold=threshold if synonyms.startswith("vectors:") else None, edges=kind, name=ranker,
-            device=str(chosen), command=_command(), resume=resume, on_step=report, **settings,
+            device=str(chosen), command=command(), resume=resume, on_step=report, **settings,
         )  # fmt: skip
     _show(result, out, json)

@@ -10,7 +10,20 @@ from pathlib import Path
 from robust_core.errors import ResourceError
 from robust_core.words import check_module, check_word, parse_spec
 
-__all__ = ["ATTACKS", "BM25", "EMPTY", "FOLDERS", "NAMED", "SYNONYMS", "check", "listed", "split_ranker"]
+__all__ = [
+    "ATTACKS",
+    "BM25",
+    "EMPTY",
+    "FOLDERS",
+    "MODELS",
+    "NAMED",
+    "SYNONYMS",
+    "TASKS",
+    "check",
+    "check_vectors",
+    "listed",
+    "split_ranker",
+]
 
 NAMED = ("lee", "cranfield", "vaswani")
 EMPTY = ("refuse", "keep", "drop")
@@ -18,6 +31,8 @@ BM25 = "bm25"
 FOLDERS = ("saved", "sbert", "cross", "colbert")
 """Rankers that lie in a folder."""
 SYNONYMS = ("json", "wordnet", "vectors")
+MODELS = ("bag", "knrm", "drmm", "duet")
+TASKS = ("variance", "type", "corpus", "query", "document")
 ATTACKS = ("spam", "sentences", "deletion")
 
 
@@ -108,6 +123,16 @@ def check(
         if not (math.isfinite(value) and 0 < value < 1):
             raise ValueError(f"{option} {value}: a number between 0 and 1 is needed")
     _check_places(folder, writes, resume)
+
+
+def check_vectors(vectors: str | None) -> None:
+    """Refuse ``--vectors`` that are neither a file nor a folder.
+
+    Raises:
+        ResourceError: there is nothing of that name.
+    """
+    if vectors is not None and not Path(vectors).expanduser().exists():
+        raise ResourceError(f"--vectors {vectors}: no such file or folder")
 
 
 def _check_corpus(corpus: str, topics: Path | None) -> None:
