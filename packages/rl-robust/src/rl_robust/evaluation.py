@@ -35,7 +35,7 @@ from robust_core.io import read_json, write_atomic, write_json
 from robust_core.models import fingerprint, model_device
 from robust_core.random import Seed, resolve_seed
 
-__all__ = ["BrokenCertificateError", "PolicyReport", "evaluate"]
+__all__ = ["BrokenCertificateError", "PolicyReport", "evaluate", "hold_certificate"]
 
 SCHEMA = "robust.policy/1"
 RESULT, ARRAYS, PAGE = "result.json", "per_episode.npz", "report.html"
@@ -259,13 +259,22 @@ def _check(
         if not isinstance(attack.budget, EpisodeBudget) or certificate is None:
             continue
         held = certificate.bound[certificate.eps >= attack.budget.eps]
-        sample = samples[label]
-        error = sample.returns.std() / np.sqrt(len(sample))
-        if len(held) and sample.mean + 5 * error < held[0]:
-            raise BrokenCertificateError(
-                f"attack {label!r} (eps {attack.budget.eps:g}) leaves {sample.mean:.4g}, the certificate promises "
-                f"{held[0]:.4g}: is lower= a bound of the environment, is the normaliser frozen, is noise added once?"
-            )
+        if len(held):
+            hold_certificate(label, samples[label].returns, float(held[0]))
+
+
+def hold_certificate(label: str, returns: np.ndarray, bound: float) -> None:
+    """Hold the returns that an attack left against a certificate for its budget.
+
+    Raises:
+        BrokenCertificateError: their mean lies below it by more than five standard errors.
+    """
+    value, error = float(returns.mean()), float(returns.std() / np.sqrt(len(returns)))
+    if value + 5 * error < bound:
+        raise BrokenCertificateError(
+            f"attack {label!r} leaves {value:.4g}, the certificate for its budget promises {bound:.4g}: is lower= a "
+            "bound of the environment, is the normaliser frozen, is noise added once?"
+        )
 
 
 def _threat(attack: ObservationAttack) -> dict[str, Any]:

@@ -332,7 +332,9 @@ def train_adversary(
     check_count("n_steps", n_steps)
     check_count("n_envs", n_envs)
     seed = resolve_seed(generator)
-    chosen = {**SETTINGS, **dict(settings or {})}
+    rollout = max(2, min(int(SETTINGS["n_steps"]), n_steps // n_envs))  # no longer than the whole training
+    fitting = {**SETTINGS, "n_steps": rollout, "batch_size": min(int(SETTINGS["batch_size"]), rollout * n_envs)}
+    chosen = {**fitting, **dict(settings or {})}
     with reseeded(derive(seed, "adversary")):
         makers: Sequence[Callable[[], gym.Env]] = [task.make] * n_envs
         env = AdversaryVecEnv(

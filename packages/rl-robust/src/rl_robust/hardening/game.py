@@ -66,7 +66,14 @@ def _train(job: Job, settings: Settings) -> Hardened:
         attacker_settings=settings.rival, generator=job.derived("game"), device=job.device,
         checkpoint=job.checkpoint("atla"), file=job.folder / ZIP, on_step=job.told("atla"),
     )  # fmt: skip
-    details = {"steps": job.n_steps, "seed": str(job.seed), "threat": str(job.threat), "settings": vars(settings)}
+    in_all = round(job.n_steps * (1 + settings.attacker_updates / settings.victim_updates))
+    details = {
+        "steps": job.n_steps,
+        "environment_steps": in_all,
+        "seed": str(job.seed),
+        "threat": str(job.threat),
+        "settings": vars(settings),
+    }
     made = Hardened((found.policy,), ("atla",), task, "atla", details=details)
     algorithm = "recurrent-ppo" if settings.recurrent else "ppo"
     save_hardened(job.folder, made, algorithm=algorithm, settings=settings.ppo)

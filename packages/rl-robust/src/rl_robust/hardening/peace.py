@@ -43,7 +43,13 @@ def _train(job: Job, settings: PPOSettings) -> Hardened:
         generator=job.derived("policy"), device=job.device, checkpoint=job.checkpoint(name), file=job.folder / ZIP,
         on_step=job.told(name),
     )  # fmt: skip
-    details = {"steps": job.n_steps, "seed": str(job.seed), "threat": str(job.threat), "settings": vars(settings)}
+    details = {
+        "steps": job.n_steps,
+        "environment_steps": job.n_steps,
+        "seed": str(job.seed),
+        "threat": str(job.threat),
+        "settings": vars(settings),
+    }
     made = Hardened((policy,), (name,), task, name, details=details)
     save_hardened(job.folder, made, settings=settings.ppo)
     return made

@@ -75,8 +75,11 @@ def _span(found: Discovery, budget: StepBudget, settings: Settings, seed: int) -
 def _train(job: Job, settings: Settings) -> Hardened:
     found, task = _discover(job, settings)
     span = _span(found, StepBudget(job.threat), settings, job.derived("range"))
-    details = {"steps": job.n_steps, "seed": str(job.seed), "threat": str(job.threat), "settings": vars(settings),
-               "gains": list(found.values), "stopped": found.stopped}  # fmt: skip
+    rounds = len(found.policies) - 1 + found.stopped
+    details = {
+        "steps": job.n_steps, "environment_steps": job.n_steps * (1 + 3 * rounds), "seed": str(job.seed),
+        "threat": str(job.threat), "settings": vars(settings), "gains": list(found.values), "stopped": found.stopped,
+    }  # fmt: skip
     made = Hardened(found.policies.policies, found.policies.names, task, "non-dominated", 0.0, span, details)
     save_hardened(job.folder, made, settings=settings.ppo)
     return made

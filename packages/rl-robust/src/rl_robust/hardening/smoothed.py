@@ -55,7 +55,13 @@ def _train(job: Job, settings: Settings) -> Hardened:
         recipe, settings.sigma, n_envs=1 if job.recipe is not None else job.n_envs, generator=job.derived("policy"),
         device=job.device, checkpoint=job.checkpoint("smoothed"), file=job.folder / ZIP, on_step=job.told("smoothed"),
     )  # fmt: skip
-    details = {"steps": job.n_steps, "seed": str(job.seed), "algorithm": recipe.algorithm, "settings": vars(settings)}
+    details = {
+        "steps": job.n_steps,
+        "environment_steps": job.n_steps,
+        "seed": str(job.seed),
+        "algorithm": recipe.algorithm,
+        "settings": vars(settings),
+    }
     made = Hardened((policy,), ("smoothed",), task, "smoothed", settings.sigma, details=details)
     save_hardened(job.folder, made, algorithm=recipe.algorithm, settings=recipe.settings)
     return made
