@@ -6,7 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ir_robust import certdr
+from ir_robust.cli import words
 from ir_robust.formats import read_run
+from ir_robust.rankers import loading
+from ir_robust.rankers.saved import WORD_MODELS
 from robust_core.cli.main import main
 
 WORDS = "wing lift drag flow heat layer shock jet wake spin".split()
@@ -145,9 +149,16 @@ def test_malformed_files_are_refused_with_the_line(
     assert out == ""
 
 
+def test_every_ranker_and_bound_can_be_named() -> None:
+    assert tuple(loading.FOLDERS) == words.FOLDERS
+    assert (*words.BOUNDS, "exact") == certdr.BOUNDS  # of sampled scores none is exact
+    assert certdr.RULES == words.RULES
+    assert tuple(WORD_MODELS) == words.MODELS
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("said", "code", "message"),
     [
         (["retrieve", "--corpus", "absent.tsv", "--out", "r"], 3, "no such file, nor one of lee"),
         (["retrieve", "--corpus", "docs.tsv", "--out", "r"], 2, "needs --topics"),
@@ -155,7 +166,7 @@ def test_malformed_files_are_refused_with_the_line(
         (["retrieve", "--corpus", "lee", "--topics", "topics.tsv", "--out", "r"], 2, "brings its own queries"),
         (["retrieve", *CORPUS, "--out", "."], 3, "--out .: a file"),
         (["retrieve", *CORPUS, "--out", "r", "--empty", "maybe"], 2, "--empty='maybe'"),
-        (["rerank", *CORPUS, "--ranker", "magic", "--out", "r"], 2, "--ranker 'magic': bm25, "),
+        (["rerank", *CORPUS, "--ranker", "magic", "--out", "r"], 2, "--ranker 'magic': bm25, minilm, saved:FOLDER"),
         (["rerank", *CORPUS, "--ranker", "sbert:absent", "--out", "r"], 3, "no such folder absent"),
         (["rerank", *CORPUS, "--ranker", "absent_module:net", "--out", "r"], 3, "no module 'absent_module'"),
         (["rerank", *CORPUS, "--ranker", "bm25", "--run", "absent.trec", "--out", "r"], 3, "--run absent.trec: no"),
@@ -174,9 +185,9 @@ def test_malformed_files_are_refused_with_the_line(
     ],
 )  # fmt: skip
 def test_wrong_words_end_in_one_line(
-    files: Path, words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+    files: Path, said: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = run(*words)
+    found = run(*said)
     out, err = capsys.readouterr()
     assert found == code, err
     assert message in " ".join(err.split())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ir_robust.cli.words import ATTACKS, BM25, EMPTY, FOLDERS, check, listed
+from ir_robust.cli.words import ATTACKS, BOUNDS, EMPTY, FOLDERS, READY, RULES, check, listed
 from robust_core.cli import console
 from robust_core.words import check_word
 
@@ -30,7 +30,9 @@ Empty = Annotated[str, typer.Option(help=f"Documents without text: {', '.join(EM
 RankerWords = Annotated[
     str,
     typer.Option(
-        "--ranker", "-r", help=f"{BM25}, {', '.join(f'{kind}:FOLDER' for kind in FOLDERS)} or package.module:factory."
+        "--ranker",
+        "-r",
+        help=f"{', '.join(READY)}, {', '.join(f'{k}:FOLDER' for k in FOLDERS)} or package.module:name.",
     ),
 ]
 RunFile = Annotated[Path | None, typer.Option("--run", help="TREC run of the first stage; BM25's if left out.")]
@@ -278,8 +280,8 @@ def certify(
     cluster: Annotated[bool, typer.Option(help="Cut components larger than the cap into cliques.")] = True,
     edges: Edges = "mutual",
     threshold: Threshold = 0.9,
-    rule: Annotated[str, typer.Option(help="per_document, or the paper's weaker one: paper.")] = "per_document",
-    bound: Annotated[str, typer.Option(help="best, hoeffding or bernstein.")] = "best",
+    rule: Annotated[str, typer.Option(help=f"One of: {', '.join(RULES)} (weaker).")] = "per_document",
+    bound: Annotated[str, typer.Option(help=f"Of the sampling error: {', '.join(BOUNDS)}.")] = "betting",
     measures: Measures = MEASURES,
     depth: Depth = 100,
     seed: Seed = 0,
@@ -292,6 +294,8 @@ def certify(
     check(corpus=corpus, topics=topics, empty=empty, ranker=ranker, files={"--run": run, "--qrels": qrels}, folder=out,
           resume=resume, synonyms=synonyms, shares={"--alpha": alpha})  # fmt: skip
     check_word("--edges", edges, ("mutual", "either"))
+    check_word("--bound", bound, BOUNDS)
+    check_word("--rule", rule, RULES)
     from ir_robust.certdr.report import certify_report
     from ir_robust.cli.setting import collection_of, graph_of, ranker_of, run_of
     from ir_robust.tables import PerturbationTable

@@ -11,11 +11,11 @@ import torch
 
 from ir_robust.attacks.base import DocumentAttack, WordBudget
 from ir_robust.attacks.spam import Deletion, SentenceInjection, TermSpamming, relevant_sentences
-from ir_robust.cli.words import BM25, NAMED, listed, split_ranker
+from ir_robust.cli.words import NAMED, listed
 from ir_robust.collection import Collection, load_collection, read_collection
 from ir_robust.finished import Finished
 from ir_robust.formats import Run, read_qrels, read_run
-from ir_robust.rankers import BM25Index, BM25Ranker, vocabulary_of
+from ir_robust.rankers import BM25Index, vocabulary_of
 from ir_robust.rankers.base import as_ranker, candidates, scores_of
 from ir_robust.ranking_robustness.models import digest
 from ir_robust.synonyms import SynonymGraph
@@ -60,18 +60,10 @@ def runs_of(files: Sequence[Path]) -> dict[str, Run]:
 
 
 def ranker_of(words: str, data: Collection, device: torch.device) -> Any:
-    """Return the ranker that ``--ranker`` names.
+    """Return the ranker that ``--ranker`` names; see :mod:`ir_robust.rankers.loading`."""
+    from ir_robust.rankers.loading import load_ranker  # transformers are imported for it
 
-    Raises:
-        ValueError: what a factory gives is no ranker.
-        ResourceError: a folder or module that is not there.
-    """
-    kind, _ = split_ranker(words)
-    if kind == BM25:
-        return BM25Ranker(BM25Index(data.docs))
-    from ir_robust.rankers.loading import load_ranker
-
-    return load_ranker(words, device=device)
+    return load_ranker(words, data=data, device=device)
 
 
 def reranked(

@@ -13,10 +13,13 @@ from robust_core.words import check_module, check_word, parse_spec
 __all__ = [
     "ATTACKS",
     "BM25",
+    "BOUNDS",
     "EMPTY",
     "FOLDERS",
     "MODELS",
     "NAMED",
+    "READY",
+    "RULES",
     "SYNONYMS",
     "TASKS",
     "check",
@@ -28,22 +31,25 @@ __all__ = [
 NAMED = ("lee", "cranfield", "vaswani")
 EMPTY = ("refuse", "keep", "drop")
 BM25 = "bm25"
-FOLDERS = ("saved", "sbert", "cross", "colbert")
+READY = (BM25, "minilm")
+FOLDERS = ("saved", "cross", "bi", "sbert", "colbert")
 """Rankers that lie in a folder."""
 SYNONYMS = ("json", "wordnet", "vectors")
-MODELS = ("bag", "knrm", "drmm", "duet")
+MODELS = ("bag", "drmm", "duet", "knrm")
+BOUNDS = ("betting", "bernstein", "chernoff", "hoeffding")
+RULES = ("per_document", "paper")
 TASKS = ("variance", "type", "corpus", "query", "document")
 ATTACKS = ("spam", "sentences", "deletion")
 
 
 def split_ranker(words: str) -> tuple[str, str]:
-    """Return (kind, name) of ``bm25``, ``sbert:FOLDER`` or ``package.module:factory``.
+    """Return (kind, name) of ``bm25``, ``minilm``, ``sbert:FOLDER`` or ``package.module:name``.
 
     Raises:
         ValueError: words of no known form.
     """
-    if words == BM25:
-        return BM25, ""
+    if words in READY:
+        return words, ""
     kind, colon, name = words.partition(":")
     if colon and name and kind in FOLDERS:
         return kind, name
@@ -53,7 +59,7 @@ def split_ranker(words: str) -> tuple[str, str]:
         found = ("", "")
     if found[0] != "factory":
         known = ", ".join(f"{kind}:FOLDER" for kind in FOLDERS)
-        raise ValueError(f"--ranker {words!r}: {BM25}, {known} or package.module:factory is needed")
+        raise ValueError(f"--ranker {words!r}: {', '.join(READY)}, {known} or package.module:name is needed")
     return found
 
 
