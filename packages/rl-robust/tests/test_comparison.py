@@ -132,7 +132,7 @@ def test_one_command_trains_attacks_certifies_and_goes_on(tmp_path: Path, capfd:
     methods = ("sa-ppo", "smoothed", "non-dominated")
     sizes = [f"{method}.{name}={value}" for method in methods for name, value in TINY.items()]
     words = ["--env", "CartPole-v1", "--max-steps", "20", "--steps", "64", "--n-envs", "2", "--device", "cpu",
-             "--attack-steps", "64", "--sarsa-steps", "64", "-n", "3", "--certificate-episodes", "50",
+             "--attack-steps", "64", "--sarsa-steps", "64", "-n", "3", "--certificate-episodes", "50", "--workers", "1",
              "--methods", ",".join(methods), "--out", str(tmp_path),
              *(word for size in sizes for word in ("--set", size)), "--set", "non-dominated.n_policies=2",
              "--set", "smoothed.sigma=0.3"]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,6 @@ from rl_robust.cli.app import (
     NormaliserFile,
     Scale,
     Seed,
-    Workers,
     app,
     command,
 )
@@ -45,7 +45,7 @@ def compare(
     ] = None,
     eps: Annotated[str, typer.Option("--eps", help="Radius of the ball of every step.")] = "0.1",
     norm: Norm = "linf",
-    steps: Annotated[int, typer.Option(min=1, help="Environment steps of each policy that is trained.")] = 30_000,
+    steps: Annotated[int, typer.Option(min=1, help="Environment steps of each policy that is trained.")] = 20_000,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each method.")] = 1,
     own: Annotated[
         list[str] | None,
@@ -76,7 +76,9 @@ def compare(
     scale: Scale = 1.0,
     normaliser: NormaliserFile = None,
     frames: Frames = 1,
-    workers: Workers = 1,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; no figure depends on it. As many as cores, at most 4.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
     out: Annotated[
@@ -104,10 +106,11 @@ def compare(
     words = TaskWords(env=env, env_set=env_set or (), max_steps=max_steps, scale=scale, normaliser=normaliser,
                       frames=frames)  # fmt: skip
     training: dict[str, Any] = {"n_steps": steps, "n_seeds": seeds, "n_envs": n_envs}
+    shared = workers or min(4, os.cpu_count() or 1)
     with console.progress() as report:
         found = run(
             words, chosen, named, own or (), settings, training, eps=parse_eps(eps), norm=norm, normalise=normalise,
-            seed=seed, device=device, workers=workers, out=out, command=command(), on_step=report,
+            seed=seed, device=device, workers=shared, out=out, command=command(), on_step=report,
         )  # fmt: skip
     if json:
         console.emit_json(found.document)

@@ -70,6 +70,7 @@ class Job:
         n_envs: environments side by side.
         normalise: learn statistics of observations and freeze them, where the task has none.
         recipe: a published training of smoothed policies; other methods know theirs as settings.
+        first: folder of a natural PPO on this task, which a set takes for its first policy instead of training one.
         seed: of everything.
         device: where to train.
         on_step: progress.
@@ -82,6 +83,7 @@ class Job:
     n_envs: int = 8
     normalise: bool = False
     recipe: Any = None
+    first: Path | None = None
     seed: Seed = None
     device: str = "cpu"
     on_step: OnStep | None = None

@@ -1,13 +1,14 @@
 """Train one policy of each method and seed, on one and the same task, for :func:`rl_robust.comparison.compare`.
 
 Where statistics of observations are learned, those of the natural PPO of a seed are frozen for all methods of that
-seed: otherwise a radius would mean something else for each of them.
+seed: otherwise a radius would mean something else for each of them. The same PPO is the first policy of a set.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 from rl_robust.hardening import METHODS
 from rl_robust.hardening.base import Job, OnStep, harden
 from rl_robust.hardening.published import usual_settings
-from rl_robust.saved import Hardened, load_hardened
+from rl_robust.saved import MODEL, Hardened, load_hardened
 from rl_robust.task import Task
 from robust_core.checks import check_choice, check_count
 from robust_core.execution import ShardError, run_shards
@@ -55,8 +56,12 @@ def _trained(
     chosen = {**usual_settings(task, method, shared["n_envs"]), **settings.get(method, {})}
     tell = shared.pop("on_step")
     told = None if tell is None else lambda what, done, total: tell(f"{method}, seed {seed}: {what}", done, total)
-    harden(Job(task=task, threat=threat, out=out, normalise=normalise, seed=seed, on_step=told, **shared), method,
-           **chosen)  # fmt: skip
+    first = folder / f"seed-{seed}" / "ppo"
+    alike = settings.get("ppo", {}).get("net_arch") == settings.get(method, {}).get("net_arch")
+    job = Job(task=task, threat=threat, out=out, normalise=normalise, seed=seed, on_step=told, **shared)
+    if method == "non-dominated" and alike and (first / MODEL).is_file():
+        job = replace(job, first=first)
+    harden(job, method, **chosen)
     return out
 
 
@@ -104,14 +109,11 @@ def train_contenders(
         _trained, threat=threat, folder=folder, settings=settings or {}, n_steps=n_steps, n_envs=n_envs, device=device,
         on_step=on_step if workers == 1 else None,
     )  # fmt: skip
-    tasks = dict.fromkeys(seeds, task)
-    if normalise and task.normaliser is None:
-        first = in_parts(
-            train, [(seed, "ppo", task, True) for seed in seeds], workers, "trained for statistics", on_step
-        )
+    tasks, learn = dict.fromkeys(seeds, task), normalise and task.normaliser is None
+    if learn or "ppo" in methods:
+        first = in_parts(train, [(seed, "ppo", task, learn) for seed in seeds], workers, "trained: ppo", on_step)
         tasks = {seed: load_hardened(place, task=task).task for seed, place in zip(seeds, first, strict=True)}
-    rest = [(seed, method, tasks[seed], False) for method in methods for seed in seeds
-            if not (method == "ppo" and tasks[seed] is not task)]  # fmt: skip
+    rest = [(seed, method, tasks[seed], False) for method in methods if method != "ppo" for seed in seeds]
     in_parts(train, rest, workers, "trained", on_step)
     return {
         method: [load_hardened(folder / f"seed-{seed}" / method, task=task, device=device) for seed in seeds]

@@ -86,12 +86,13 @@ def _mujoco(recipe: recipes.Recipe, method: str) -> Published:
 def usual_settings(task: Task, method: str, n_envs: int) -> Mapping[str, Any]:
     """Return settings for a shorter training on an environment that has a published recipe of PPO; else none.
 
-    What belongs to the length of training, to the noise and to the size of a set is left out.
+    What belongs to the length of training is left out; a set has two policies.
     """
     for name in ("cartpole-ppo", *recipes.RECIPES):
         found = published(name, "ppo" if method == "smoothed" else method)
         if found.task.env == task.env:
             kept = {k: v for k, v in found.settings.items() if k not in _OF_LENGTH}
+            kept |= {"n_policies": 2} if method == "non-dominated" else {}
             return {**kept, "rollout": max(1, found.settings["rollout"] * found.n_envs // n_envs)}
     return {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from rl_robust.hardening.base import Job, Method
 from rl_robust.hardening.game import GameSettings
 from rl_robust.nondominated.discovery import Discovery, discover_policies
 from rl_robust.observation import StepBudget
-from rl_robust.saved import Hardened, save_hardened
+from rl_robust.saved import Hardened, load_hardened, save_hardened
 from rl_robust.task import Task
 from robust_core.checks import check_count, check_number
 
@@ -46,12 +46,18 @@ class Settings(GameSettings):
             raise ValueError("lowest and highest: give both, or neither")
 
 
-def _discover(job: Job, settings: Settings) -> tuple[Discovery, Task]:
-    first, task = train_policy(
+def _first(job: Job, settings: Settings) -> tuple[Any, Task]:
+    if job.first is not None:
+        return load_hardened(job.first, task=job.task, device=job.device).policies[0], job.task
+    return train_policy(
         job.task, n_steps=job.n_steps, normalise=job.normalise, n_envs=job.n_envs, settings=settings.ppo,
         generator=job.derived("policy"), device=job.device, checkpoint=job.checkpoint("initial"),
         on_step=job.told("initial"),
     )  # fmt: skip
+
+
+def _discover(job: Job, settings: Settings) -> tuple[Discovery, Task]:
+    first, task = _first(job, settings)
     updates = max(1, round(job.n_steps / (job.n_envs * settings.rollout)))
     found = discover_policies(
         task, first, budget=StepBudget(job.threat), n_policies=settings.n_policies, delta=settings.delta,
