@@ -2,4 +2,15 @@
 
 from robust_core.methods import MethodCard
 
-CARDS: tuple[MethodCard, ...] = ()
+CARDS: tuple[MethodCard, ...] = (
+    MethodCard(
+        slug="certdr",
+        title="CertDR: no document outside the top K enters it by synonyms, certified for any ranker",
+        paper="Wu, Zhang, Guo, Chen, Fan, de Rijke and Cheng 2022, arXiv 2209.06691",
+        kind="measure",
+        task="ranking",
+        target="ir_robust.certdr:certify_run",
+        example="ir_robust._examples:certdr",
+        claim="ir_robust.claims.certdr",
+    ),
+)
