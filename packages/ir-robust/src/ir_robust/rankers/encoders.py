@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ir_robust.rankers.base import TokenBatch
-from ir_robust.rankers.huggingface import HuggingFaceRanker, load_encoder, quiet, word_places
+from ir_robust.rankers.huggingface import HuggingFaceRanker, load_encoder, quiet, refuse_pickles, word_places
 from robust_core.checks import check_choice, check_count
 from robust_core.errors import DataMissingError, UntrustedFileError, optional_import
 from robust_core.io import load_tensors, read_json, save_tensors
@@ -355,11 +355,12 @@ def load_sentence_transformer(folder: Any, **settings: Any) -> BiEncoderRanker:
         DataMissingError: no such folder.
         TypeError: its first module is no transformer.
     """
-    library = optional_import("sentence_transformers", extra="sbert", package="ir-robust")
     if isinstance(folder, str | os.PathLike):
         place = Path(folder).expanduser()
         if not (place / "modules.json").is_file():
             raise DataMissingError(f"{place}: no folder of a sentence transformer (modules.json is missing)")
+        refuse_pickles(place)
+        library = optional_import("sentence_transformers", extra="sbert", package="ir-robust")
         with quiet():
             folder = library.SentenceTransformer(
                 str(place), local_files_only=True, device="cpu", model_kwargs={"use_safetensors": True}

@@ -40,6 +40,20 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def refuse_pickles(place: Path) -> None:
+    """Refuse a folder in which weights are pickled and stand nowhere else.
+
+    Raises:
+        UntrustedFileError: so it is, in the folder or in one below.
+    """
+    for file in sorted(place.rglob("*.bin")):
+        if not any(file.parent.glob("*.safetensors")):
+            raise UntrustedFileError(
+                f"{file}: pickled weights can run code; they were not loaded. To convert a model that you trust: "
+                "model.save_pretrained(folder), which writes safetensors"
+            )
+
+
 def load_encoder(
     folder: str | os.PathLike[str], kind: str = "AutoModel", *, complete: bool = True, **settings: Any
 ) -> tuple[Any, Any]:
@@ -59,11 +73,7 @@ def load_encoder(
     place = Path(folder).expanduser()
     if not (place / "config.json").is_file():
         raise DataMissingError(f"{place}: no folder of a Hugging Face model (config.json is missing)")
-    if not any(place.glob("*.safetensors")) and any(place.glob("*.bin")):
-        raise UntrustedFileError(
-            f"{place}: its weights are pickled, which can run code; they were not loaded. To convert a model that you "
-            "trust: model.save_pretrained(folder, safe_serialization=True)"
-        )
+    refuse_pickles(place)
     import transformers
 
     try:
@@ -154,7 +164,7 @@ class HuggingFaceRanker(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer and network as the library does."""
-        self.model.save_pretrained(folder, safe_serialization=True)
+        self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def prepare(self, text: str) -> str:
