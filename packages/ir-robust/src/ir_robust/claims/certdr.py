@@ -6,9 +6,10 @@ most nine words each, which cover two thirds of all words of the documents. All 
 query is certified where the gap between the K-th and the rest exceeds what sampling leaves open. On the list as it is
 published, read both ways, the largest component holds half of the words; that regime is measured too.
 
-Each seed draws 45 of the 225 queries for the test and trains on the rest: bags of MiniLM's input vectors (pairwise hinge,
-five epochs), one on clean documents, one on documents with words drawn anew (the paper's augmentation), one on documents
-attacked against the clean one (adversarial augmentation), one that reads representatives. Lists are BM25's first 100.
+Each seed draws 45 of the 225 queries for the test and trains on the rest: bags of MiniLM's input vectors (pairwise
+hinge, five epochs), one on clean documents, one on documents with words drawn anew (the paper's augmentation), one on
+documents attacked against the clean one (adversarial augmentation), one that reads representatives. Lists are BM25's
+first 100.
 The map to [0, 1] is fitted to scores of *training* queries. The attack swaps the tenth of a document's words that gains
 most, which for these additive rankers is the best that any search can find; it meets the documents at ranks 11 to 30 of
 each ranker's own list, each alone. What is smoothed is attacked through its base ranker, and ranked with fresh noise.
@@ -77,8 +78,8 @@ _WHY = "the paper's tables could not be read; data and rankers here are far smal
 STATEMENTS: tuple[Statement, ...] = (
     Statement(
         text="Training on documents with words drawn anew raises the share of certified queries.",
-        metric="CRQ summed over K = 1, 5, 10 (all words may change, n = 1,000, joint alpha 0.05), augmented against clean "
-        "training, both smoothed",
+        metric="CRQ summed over K = 1, 5, 10 (all words may change, n = 1,000, joint alpha 0.05), augmented against "
+        "clean training, both smoothed",
         figure="crq_of_augmented",
         unit="shares summed over three K",
         margin=0.0,
@@ -86,8 +87,8 @@ STATEMENTS: tuple[Statement, ...] = (
     ),
     Statement(
         text="Smoothing keeps at least a fifth of the attacked documents out that enter the plain ranker's top ten.",
-        metric="share of attacked documents (ranks 11 to 30, a tenth of the words) that enter the top 10 of the smoothed "
-        "augmented ranker under fresh noise, against 0.8 of the share for the plain clean ranker",
+        metric="share of attacked documents (ranks 11 to 30, a tenth of the words) that enter the top 10 of the "
+        "smoothed augmented ranker under fresh noise, against 0.8 of the share for the plain clean ranker",
         figure="entry_of_smoothed",
         unit="share of attacked documents",
         margin=0.0,
@@ -96,7 +97,8 @@ STATEMENTS: tuple[Statement, ...] = (
     ),
     Statement(
         text="It does so better than the best empirical defence.",
-        metric="the same share, against the lower of two plain rankers: trained with noise, trained on attacked documents",
+        metric="the same share, against the lower of two plain rankers: trained with noise, trained on attacked "
+        "documents",
         figure="entry_beside_empirical",
         unit="share of attacked documents",
         margin=0.0,
@@ -138,8 +140,8 @@ STATEMENTS: tuple[Statement, ...] = (
     ),
     Statement(
         text="On the neighbour list as it is published nothing can be certified.",
-        metric="CRQ summed over K = 1, 5, 10 with all edges, cap 100 and one word in twenty changed, against 0 (negative "
-        "control)",
+        metric="CRQ summed over K = 1, 5, 10 with all edges, cap 100 and one word in twenty changed, against 0 "
+        "(negative control)",
         figure="crq_on_raw_list",
         unit="shares summed over three K",
         margin=0.0,
