@@ -1,5 +1,7 @@
 """Word substitution and triggers against rankers whose best edit is known."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ class Additive:
     def __init__(self) -> None:
         self.asked = 0
 
-    def score(self, query: str, docs: list[str]) -> np.ndarray:
+    def score(self, query: str, docs: Sequence[str]) -> np.ndarray:
         self.asked += len(docs)
         return np.array([sum(VALUE.get(word, 0.0) for word in Words.of(doc).words) for doc in docs])
 
@@ -52,9 +54,11 @@ def test_every_search_finds_the_best_text_of_an_additive_ranker(search) -> None:
     found = climb(WordSubstitution(GRAPH, WordBudget(most=2, share=1.0), search), Additive())
     changed = {edit.new for edit in found.edits}
     if getattr(search, "order", "best") == "left":
-        assert len(found.edits) <= 2 and found.score[1] > found.score[0]
+        assert len(found.edits) <= 2
+        assert found.score[1] > found.score[0]
     else:
-        assert changed == {"huge", "stream"} and found.score == (0.0, 7.0)
+        assert changed == {"huge", "stream"}
+        assert found.score == (0.0, 7.0)
 
 
 @pytest.mark.quick
@@ -84,7 +88,9 @@ def test_random_search_is_no_better_than_greedy_and_greedy_no_better_than_all() 
             climb(WordSubstitution(GRAPH, budget, search), bag(seed)).score[1]
             for search in (RandomSearch(4), Greedy(n_sweeps=2), Exhaustive())
         ]
-        assert gains[0] <= gains[2] + 1e-6 and gains[1] <= gains[2] + 1e-6 and gains[1] >= gains[0] - 1e-6
+        assert gains[0] <= gains[2] + 1e-6
+        assert gains[1] <= gains[2] + 1e-6
+        assert gains[1] >= gains[0] - 1e-6
 
 
 def test_texts_asked_of_the_victim_are_counted() -> None:
@@ -99,7 +105,8 @@ def test_an_attack_stops_where_it_has_won() -> None:
     attack = WordSubstitution(GRAPH, WordBudget(share=1.0), Greedy(order="left"))
     text, few = attack(Additive(), "query", DOC, near, 1)
     _, many = attack(Additive(), "query", DOC, far, 1)
-    assert few < many and Additive().score("query", [text])[0] > 0.5
+    assert few < many
+    assert Additive().score("query", [text])[0] > 0.5
 
 
 def test_nothing_is_done_where_nothing_may_be_or_need_be_done() -> None:
@@ -141,7 +148,8 @@ def test_a_surrogate_guides_and_the_victim_decides() -> None:
 def test_a_trigger_goes_in_front_and_only_where_it_helps() -> None:
     attack = Trigger(["river", "stream", "fin"], WordBudget(share=0.0, insertions=2), Greedy(n_sweeps=2))
     found = climb(attack, Additive())
-    assert found.text == "stream stream " + DOC and found.score[1] - found.score[0] == 8.0
+    assert found.text == "stream stream " + DOC
+    assert found.score[1] - found.score[0] == 8.0
     useless = Trigger(["fin"], WordBudget(share=0.0, insertions=2))
     assert climb(useless, Additive()).text == DOC
     quoted = Trigger(["stream"], WordBudget(share=0.0, insertions=1))(

@@ -14,8 +14,8 @@ Gradients with respect to *words* of rankers that read pieces of words: a word's
 moving it moves all of its pieces alike. For rankers that read words this is exact, else it guides only: what is kept
 has been scored as text.
 
-:class:`Trigger` puts words in front instead (after the triggers of Wallace et al. 2019, arXiv 1908.07125), from a list of
-candidates such as the query's own words and frequent ones.
+:class:`Trigger` puts words in front instead (after the triggers of Wallace et al. 2019, arXiv 1908.07125), from a list
+of candidates such as the query's own words and frequent ones.
 """
 
 from __future__ import annotations
