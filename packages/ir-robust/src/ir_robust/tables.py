@@ -29,7 +29,7 @@ import numpy as np
 
 from ir_robust.attacks.base import WordBudget
 from ir_robust.synonyms import SynonymGraph
-from ir_robust.text import Words
+from ir_robust.text import Words, is_word
 from robust_core.checks import check_count, check_number
 
 __all__ = ["PerturbationTable", "Similarity", "TableReport", "budget_words", "deviation"]
@@ -79,9 +79,10 @@ class PerturbationTable:
             of the alphabet.
         attack: word -> what an attacker may write for it; None takes the neighbours in the graph. Every pair must lie
             in one component.
+        supports: word -> other sets to draw from than the above, of any sizes; bounds stay true.
 
     Raises:
-        ValueError: ``cap`` below 1, or an attack that leaves its component.
+        ValueError: ``cap`` below 1, an attack that leaves its component, or a set that is empty or holds no words.
     """
 
     def __init__(
@@ -91,10 +92,12 @@ class PerturbationTable:
         *,
         similarity: Similarity | None = None,
         attack: Mapping[str, Iterable[str]] | None = None,
+        supports: Mapping[str, Iterable[str]] | None = None,
     ) -> None:
         self.graph, self.cap, self._similarity = graph, check_count("cap", cap), similarity
         self.attack = dict(graph.neighbours) if attack is None else self._checked(attack)
-        self._supports: dict[str, tuple[str, ...]] = {}
+        self._given = _sets({} if supports is None else supports)
+        self._supports: dict[str, tuple[str, ...]] = dict(self._given)
         self._least: dict[str, float] = {}
 
     def _checked(self, attack: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
@@ -109,6 +112,10 @@ class PerturbationTable:
                     "certificate would hold; add the pair to the graph"
                 )
         return found
+
+    def __contains__(self, word: str) -> bool:
+        """Return whether a word has synonyms or a set of its own; smoothed documents write it in lower case."""
+        return word in self.graph or word in self._given
 
     def substitutes(self, word: str) -> tuple[str, ...]:
         """Return what an attacker may write for ``word``, itself left out."""
@@ -144,8 +151,7 @@ class PerturbationTable:
         """Return q_w: the least overlap with what an attacker may write; 1 where he can write nothing else."""
         known = self._least.get(word)
         if known is None:
-            fits = len(self.graph.component(word)) <= self.cap
-            known = 1.0 if fits else min((self.overlap(word, s) for s in self.substitutes(word)), default=1.0)
+            known = min((self.overlap(word, other) for other in self.substitutes(word)), default=1.0)
             self._least[word] = known
         return known
 
@@ -163,7 +169,7 @@ class PerturbationTable:
     def sha256(self) -> str:
         """Hash of what a certificate depends on: sets to draw from, and what the attacker may write."""
         digest = hashlib.sha256(f"cap {self.cap}\n".encode())
-        for word in sorted({*self.graph.neighbours, *self.attack}):
+        for word in sorted({*self.graph.neighbours, *self.attack, *self._given}):
             row = f"{word}\t{' '.join(self.support(word))}\t{' '.join(self.substitutes(word))}\n"
             digest.update(row.encode())
         return digest.hexdigest()
@@ -182,6 +188,14 @@ class PerturbationTable:
         sizes = self.graph.report()
         free = float(np.mean([value == 0.0 for value in found]))
         return TableReport(sizes.words, sizes.largest, self.cap, loose, drawn / total, float(np.mean(found)), free)
+
+
+def _sets(supports: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
+    found = {word: tuple(sorted(set(members))) for word, members in supports.items()}
+    for word, members in found.items():
+        if not is_word(word) or not members or not all(map(is_word, members)):
+            raise ValueError(f"supports[{word!r}]={members!r}: at least one word, all in lower case, is needed")
+    return found
 
 
 def budget_words(length: int, budget: WordBudget | float | int | None) -> int:

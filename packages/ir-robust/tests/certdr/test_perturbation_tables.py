@@ -31,13 +31,11 @@ def random_table(numbers: list[int], cap: int) -> PerturbationTable:
     words = [f"w{i}" for i in range(5)]
     pairs = list(itertools.combinations(words, 2))
     chosen = [pair for pair, number in zip(pairs, numbers, strict=True) if number % 2]
-    table = PerturbationTable(SynonymGraph.from_pairs(chosen), cap)
+    graph, supports = SynonymGraph.from_pairs(chosen), {}
     for i, word in enumerate(words):
-        component = table.graph.component(word)
-        size = 1 + numbers[i] % len(component)
-        others = [other for other in component if other != word]
-        table._supports[word] = tuple(sorted([word, *others[: size - 1]]))
-    return table
+        others = [other for other in graph.component(word) if other != word]
+        supports[word] = [word, *others[: numbers[i] % (len(others) + 1)]]
+    return PerturbationTable(graph, cap, supports=supports)
 
 
 @pytest.mark.quick
@@ -52,8 +50,10 @@ def test_the_distance_never_exceeds_the_overlaps(numbers: list[int], cap: int, s
 
 
 def test_the_own_size_in_the_denominator_would_be_unsound() -> None:
-    table = PerturbationTable(SynonymGraph.from_pairs([("a", "b"), ("b", "c")]))
-    table._supports.update({"a": ("a", "b"), "b": ("a", "b", "c")})
+    graph = SynonymGraph.from_pairs([("a", "b"), ("b", "c")])
+    table = PerturbationTable(graph, supports={"a": ["a", "b"], "b": ["a", "b", "c"]})
+    with pytest.raises(ValueError, match=r"supports\['a'\]"):
+        PerturbationTable(graph, supports={"a": []})
     distance = exact_distance(("a",), ("b",), table)
     assert distance == Fraction(1, 3)
     assert table.overlap("a", "b") == pytest.approx(2 / 3)

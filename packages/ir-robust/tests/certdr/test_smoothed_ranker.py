@@ -134,6 +134,15 @@ def test_an_attack_inside_components_changes_nothing_at_all() -> None:
     assert TABLE.deviation(["fast", "wing", "air"]) == 0.0
 
 
+def test_capitals_hide_nothing_where_sets_are_unequal() -> None:
+    """A word whose set is itself alone is written in lower case all the same: its synonym's set knows it so."""
+    graph = SynonymGraph.from_pairs([("wing", "vane")])
+    table = PerturbationTable(graph, supports={"wing": ["wing"], "vane": ["wing", "vane"]})
+    smoothed = SmoothedRanker(lambda query, docs: [float("Wing" in doc) for doc in docs], table, squash=None)
+    assert smoothed("q", ["A Wing", "A Vane"]).mean.tolist() == [0.0, 0.0]
+    assert NoiseAugment(table).text("1", "A Wing") == "A wing"
+
+
 def test_scores_must_lie_in_the_unit_interval_or_be_squashed() -> None:
     def raw(query: str, docs: Sequence[str]) -> list[float]:
         return [7.0] * len(docs)

@@ -2,9 +2,9 @@
 
     g(q, d) = E f(q, z),   z_i ~ Unif(P_{w_i}) independently,   f = squash(score) in [0, 1]
 
-Words that have a set of more than themselves are written in lower case in every draw, so that nothing of g depends on
-capitals; all else of the text stays to the letter. Draws are made *before* any tokeniser sees the text, so truncation
-cannot be moved by an attack behind the certificate's back.
+Words of the table are written in lower case in every draw, so that nothing of g depends on capitals; all else of the
+text stays to the letter. Draws are made *before* any tokeniser sees the text, so no attack can move the truncation behind
+the certificate's back.
 
 Samples: number ``i`` of a document depends on the seed, the query, the text and ``i`` alone, not on batches, on other
 documents or on how many samples follow. f is rounded down to multiples of 2**-20 (that *is* the f certified and
@@ -264,6 +264,7 @@ class Sampler:
         self.smoothed, self.query, self.doc = smoothed, query, doc
         self.words = Words.of(doc)
         table, words = smoothed.table, self.words.words
+        self._written = self.words.lowered([word if word in table else None for word in words])
         supports = [table.support(word) for word in words]
         self.free = [i for i, support in enumerate(supports) if len(support) > 1]
         self.supports = [supports[i] for i in self.free]
@@ -349,8 +350,9 @@ class Sampler:
         return self._texts(self.picks(start, stop))
 
     def _texts(self, picks: Tensor) -> list[str]:
-        pieces: list[str] = [self.words.gaps[0]]
-        for surface, gap in zip(self.words.surfaces, self.words.gaps[1:], strict=True):
+        words = Words.of(self._written)
+        pieces: list[str] = [words.gaps[0]]
+        for surface, gap in zip(words.surfaces, words.gaps[1:], strict=True):
             pieces += (surface, gap)
         found = []
         for row in picks.tolist():
@@ -390,8 +392,8 @@ class NoiseAugment:
         sizes = torch.tensor([[len(support) for support in supports]], dtype=torch.int64)
         streams = SampleStreams(derive(self.seed, docno), torch.tensor([copy]), "noise augmentation")
         picks = streams.integers(sizes, (len(supports),))[0].tolist()
-        drawn = [s[i] if len(s) > 1 else None for s, i in zip(supports, picks, strict=True)]
-        return words.lowered(drawn)
+        drawn = [support[i] for support, i in zip(supports, picks, strict=True)]
+        return words.lowered([new if old in self.table else None for old, new in zip(words.words, drawn, strict=True)])
 
     def __call__(self, docs: Mapping[str, str], *, copy: int = 0) -> dict[str, str]:
         """Return a copy of a corpus."""
