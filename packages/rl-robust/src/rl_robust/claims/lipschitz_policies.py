@@ -4,25 +4,38 @@ A linear-quadratic expert is cloned from 200 pairs with states from N(0, I), und
 a Euclidean error of 0.3 in each of 100 steps (adjoint sweeps with 3 restarts; 50 starts from N(0, I)). One plant is
 well damped (A = [[.95, .1], [-.1, .9]], B = [0, .5]'), the other a double integrator (dt 0.1), on which a low gain
 means a slow loop that accumulates errors: it stands beside the first as a control. Baseline: cloning without a bound.
-A third part clones a curved expert on a square by the graph solver from 50 and from 800 points. Full scale: 500 starts,
-10 restarts. The paper's systems and values are not at hand; margins here are fixed in advance.
+A third part clones a curved expert on a square by the graph solver from 50 and from 800 points. A fourth takes MuJoCo's
+InvertedPendulum-v5 (100 steps at most, angles in units of 0.1 rad, so that one size of error fits all four numbers):
+a linear-quadratic expert on its finite-difference linearisation is watched for 1,000 steps under noise, cloned under
+0.4 to 0.75 times the largest slope of its data and without a bound, and attacked with a Euclidean error of 0.4 in each
+step, random or planned ahead through the linearisation (15 steps, 5 gradient steps). The constant is chosen on other
+episodes than those that are reported. Size of error and grid come from one pilot on other
+episodes (of 200 steps). Full scale: 500 starts,
+10 restarts, 50 episodes. The paper's systems and values are not at hand; margins here are fixed in advance.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from scipy import linalg, stats
 from torch import Tensor
 
+from rl_robust.attacks import RandomNoise
 from rl_robust.lipschitz import (
     LinearLipschitzPolicy,
+    ModelAttack,
     closed_loop_bound,
+    collect_demonstrations,
     fill_distance,
     fit_lipschitz_policy,
+    largest_slope,
     learning_error_bound,
     linear_model,
     lipschitz_values,
@@ -30,8 +43,12 @@ from rl_robust.lipschitz import (
     stability_constants,
     worst_measurements,
 )
+from rl_robust.observation import StepBudget
+from rl_robust.rollout import collect
+from rl_robust.task import Normaliser, Task
 from robust_core.claim import Figures, Gate, Scale, Statement
 from robust_core.random import derive
+from robust_core.threats import L2
 
 __all__ = ["STATEMENTS", "run"]
 
@@ -39,6 +56,11 @@ ZETA, HORIZON = 0.3, 100
 DAMPED = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 INTEGRATOR = (0.5, 2.0, 7.0)
 FREE = 1e6
+PENDULUM = (0.4, 0.5, 0.6, 0.75)
+"""Multiples of the largest slope of the data."""
+PENDULUM_ZETA = 0.4
+UNITS = np.array([1.0, 0.1, 1.0, 1.0])
+"""Of position, angle and velocities."""
 _VALUES = "the paper's systems and values are not at hand"
 
 STATEMENTS: tuple[Statement, ...] = (
@@ -93,6 +115,23 @@ STATEMENTS: tuple[Statement, ...] = (
         unit="exponent",
         margin=0.0,
         higher_is_better=False,
+        reason=_VALUES,
+    ),
+    Statement(
+        text="On the inverted pendulum of MuJoCo, some constant in between is more robust than none.",
+        metric="mean return under the worse of two attacks, at the constant that did best on other episodes, against "
+        "the unconstrained clone",
+        figure="pendulum_attacked",
+        unit="steps upright of 100",
+        margin=0.0,
+        reason=_VALUES,
+    ),
+    Statement(
+        text="There, it costs no more than two percent without attack.",
+        metric="mean return in peace at that constant, against 98 % of the unconstrained clone's",
+        figure="pendulum_nominal",
+        unit="steps upright of 100",
+        margin=0.0,
         reason=_VALUES,
     ),
 )
@@ -197,8 +236,59 @@ def _generalisation(seed: int) -> tuple[dict[int, float], float]:
     return errors, share
 
 
+def _linearised() -> tuple[np.ndarray, np.ndarray]:
+    """Return A (4, 4) and B (4, 1) of the pendulum at rest, in units of 0.1 rad, by central differences."""
+    env: Any = gym.make("InvertedPendulum-v5").unwrapped
+    env.reset(seed=0)
+
+    def after(x: np.ndarray, u: float) -> np.ndarray:
+        env.set_state(x[:2] * UNITS[:2], x[2:] * UNITS[2:])
+        env.step(np.array([u], dtype=np.float32))
+        return np.concatenate([env.data.qpos, env.data.qvel]) / UNITS
+
+    h, rest = 1e-4, np.zeros(4)
+    A = np.stack([(after(h * e, 0.0) - after(-h * e, 0.0)) / (2 * h) for e in np.eye(4)], 1)
+    B = (after(rest, h) - after(rest, -h))[:, None] / (2 * h)
+    env.close()
+    return A, B
+
+
+def _pendulum(seed: int, scale: Scale) -> tuple[tuple[float, float], tuple[float, float], bool]:
+    """Return (nominal, attacked) at the constant chosen and of the free clone; whether all constants are kept."""
+    A, B = _linearised()
+    P = linalg.solve_discrete_are(A, B, np.diag([1.0, 0.1, 0.1, 0.1]), 0.1 * np.eye(1))
+    gain = torch.as_tensor(-np.linalg.solve(0.1 * np.eye(1) + B.T @ P @ B, B.T @ P @ A))
+    units = Normaliser(torch.zeros(4).double(), torch.as_tensor(UNITS).square(), 1e6, 0.0)
+    task = Task("InvertedPendulum-v5", max_steps=100, normaliser=units)
+    space: Any = gym.make("InvertedPendulum-v5").action_space
+    expert = LinearLipschitzPolicy(gain, lipschitz=float(gain.norm()) * 1.001, action_space=space)
+    watched = collect_demonstrations(expert, task, 10, sigma=0.05, generator=derive(seed, "watched"))
+    angle = torch.diag(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    step, cost = linear_model(torch.as_tensor(A).float(), torch.as_tensor(B).float(), angle, torch.zeros(1, 1))
+    budget = StepBudget(L2(PENDULUM_ZETA, domain=None))
+    planned = ModelAttack(budget, step, cost, horizon=15, n_iter=5)
+    slope = largest_slope(watched.x, watched.u)
+    clones = [
+        fit_lipschitz_policy(watched.x, watched.u, lipschitz=c * slope, solver="linear", action_space=space)
+        for c in (*PENDULUM, FREE)
+    ]
+
+    def returns(policy: Any, episodes: str, n: int) -> tuple[float, float]:
+        play = partial(collect, policy, task, n, generator=derive(seed, episodes))
+        attacked = min(float(play(attack=attack).mean) for attack in (planned, RandomNoise(budget)))
+        return float(play().mean), attacked
+
+    other = [returns(clone, "chosen on", 4) for clone in clones]
+    fair = [k for k in range(len(PENDULUM)) if other[k][0] >= 0.98 * other[-1][0]] or [len(PENDULUM)]
+    chosen = max(fair, key=lambda k: other[k][1])
+    n = 50 if scale == "full" else 8
+    kept = all(clone.lipschitz_bound() <= clone.lipschitz for clone in clones)
+    return returns(clones[chosen], "reported", n), returns(clones[-1], "reported", n), kept
+
+
 def run(seed: int, scale: Scale) -> Figures:
     """Return the figures of one seed."""
+    pendulum, free_pendulum, kept = _pendulum(seed, scale)
     damped = _curve(WELL_DAMPED, DAMPED, seed, scale, "damped")
     integrator = _curve(DOUBLE_INTEGRATOR, INTEGRATOR, seed, scale, "integrator")
     errors, learned = _generalisation(seed)
@@ -214,6 +304,8 @@ def run(seed: int, scale: Scale) -> Figures:
         "rise_integrator_small": integrator[0.5][1],
         "rise_integrator_middle": integrator[7.0][1],
         "rate": math.log(errors[800] / errors[50]) / math.log(800 / 50),
+        "pendulum_nominal": pendulum[0],
+        "pendulum_attacked": pendulum[1],
     }
     baseline = {
         "rise_small": 0.5 * free[1],
@@ -221,11 +313,14 @@ def run(seed: int, scale: Scale) -> Figures:
         "rise_integrator_small": integrator[FREE][1],
         "rise_integrator_middle": integrator[FREE][1],
         "rate": -0.4,
+        "pendulum_nominal": 0.98 * free_pendulum[0],
+        "pendulum_attacked": free_pendulum[1],
     }
     gates = (
         *_exactness(seed),
         Gate("no path leaves its closed-loop bound", used <= 1, f"at most {used:.3f} of the bound"),
         Gate("no error exceeds its learning bound", learned <= 1, f"at most {learned:.3f} of the bound"),
+        Gate("clones of the pendulum's expert keep their constants", kept, "by singular values"),
         Gate("beyond the expert's norm nothing changes", saturated < 1e-6, f"{saturated:.1e}"),
     )
     return Figures(measured, baseline, gates, {})
