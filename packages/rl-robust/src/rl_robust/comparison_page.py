@@ -62,6 +62,19 @@ def _cards(d: Mapping[str, Any]) -> list[Card]:
     return cards
 
 
+def _short(d: Mapping[str, Any]) -> list[str]:
+    """Return short headers: which threat each column is of; the caption says how large."""
+    episode = {EPISODE: "worst found · episode", CERTIFIED: "certified · episode"}
+    return [column if column == NATURAL else episode.get(column, f"{column} · step") for column in d["columns"]]
+
+
+def _units(d: Mapping[str, Any]) -> str:
+    step, episode = d["threat"]["step"], d["threat"]["episode"]
+    told = f"step: {step['norm']} of at most {step['eps']:g} in every step"
+    length = "" if episode is None else f"; episode: L2 of at most {episode['eps']:g} for the whole episode"
+    return f"{told}{length}, in units of what the policy is shown."
+
+
 def _table(found: Comparison) -> Section:
     d = found.document
     rows = [[row["name"], *found.cells(row)] for row in d["rows"]]
@@ -80,17 +93,21 @@ def _table(found: Comparison) -> Section:
         ["Mean return of an episode. Each attack plays the same episodes; of a family the worst counts: RS is robust "
          "Sarsa with and without maximal action difference (MAD), learned are SA-RL and PA-AD, trained for "
          f"{d['details']['attack_steps']:,} steps against each policy."],
-        table=Table(["policy", *found.header], rows, numeric=tuple(range(1, len(rows[0])))),
+        table=Table(["policy", *_short(d)], rows, _units(d), numeric=tuple(range(1, len(rows[0])))),
         notes=notes,
     )  # fmt: skip
 
 
 def _returns(found: Comparison) -> Section:
     shown: list[Plot] = []
+    everything = np.concatenate([v for k, v in found.arrays.items() if k.endswith("/returns")])
+    low, high = float(everything.min()), float(everything.max())
+    margin = 0.03 * (high - low) + 1e-9
     for row in found.document["rows"]:
         labels = [NATURAL, *(name for name in row["attacks"] if not name.startswith("episode-"))]
         samples = {label: _pooled(found, row["name"], f"{label}/returns") for label in labels}
         figure = plots.returns_plot({label: sample for label, sample in samples.items() if len(sample)})
+        figure.axes[0].set_xlim(low - margin, high + margin)
         alt = "; ".join(f"{label}: mean {number(float(s.mean()))}" for label, s in samples.items() if len(s))
         shown.append(plot_of(figure, f"{row['name']}: {alt}.", "returns", row["name"], f"{row['name']}."))
     text = (
