@@ -203,14 +203,20 @@ def test_the_full_claim_runs_in_miniature(tmp_path: Path, monkeypatch: pytest.Mo
     )  # fmt: skip
     monkeypatch.setattr(non_dominated_policies, "RECIPES", {"hopper": small})
     monkeypatch.setattr(non_dominated_policies, "UPDATE", 16)
-    monkeypatch.setattr(non_dominated_policies, "EPISODES", 2)
+    monkeypatch.setattr(non_dominated_policies, "PLAYED", 2)
     monkeypatch.setattr(non_dominated_policies, "GAMES", 1)
     found = non_dominated_policies.run(0, "full")
     assert set(found.measured) == set(found.baseline) == {"worst", "natural_control"}
     assert all(gate.passed for gate in found.gates)
 
 
-def test_the_quick_claim_measures_what_it_states(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quick_claim_measures_what_it_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pendulum = non_dominated_policies.PENDULUM
+    small = replace(pendulum, task=replace(pendulum.task, max_steps=5), n_updates=1, ramp=1, victim=TINY, attacker=TINY)
+    monkeypatch.setattr(non_dominated_policies, "PENDULUM", small)
+    monkeypatch.setattr(non_dominated_policies, "UPDATE", 16)
+    monkeypatch.setattr(non_dominated_policies, "PLAYED", 2)
     monkeypatch.setattr(non_dominated_policies, "GAMES", 1)
     monkeypatch.setattr(non_dominated_policies, "ROUNDS", 200)
     monkeypatch.setattr(non_dominated_policies.tabular, "random_game", lambda seed: random_game(seed, n_states=3))
