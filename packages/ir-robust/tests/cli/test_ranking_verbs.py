@@ -11,6 +11,7 @@ from ir_robust.cli import words
 from ir_robust.formats import read_run
 from ir_robust.rankers import loading
 from ir_robust.rankers.saved import WORD_MODELS
+from robust_core.attacks.tokens import SEARCHES
 from robust_core.cli.main import main
 
 WORDS = "wing lift drag flow heat layer shock jet wake spin".split()
@@ -109,6 +110,48 @@ def test_reranking_goes_on_where_it_stopped(files: Path, capsys: pytest.CaptureF
     assert "other settings" in capsys.readouterr().err
 
 
+def test_a_ranker_is_trained_and_attacked_by_synonyms(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (*CORPUS, "--qrels", "qrels.txt", "--synonyms", "json:synonyms.json", "--json")
+    train = ("train", *words, "--model", "bag", "--epochs", "1", "--batch-size", "8")
+    assert run(*train, "--out", "bag", "--resume", "points") == 0
+    about = json.loads(capsys.readouterr().out)
+    assert (about["ranker"], about["queries"], about["noise"]) == ("saved:bag", 6, "json:synonyms.json")
+    attack = ("attack", *words, "--ranker", "saved:bag", "-k", "3", "--targets", "2", "--share", "0.25")
+    assert run(*attack, "--attacks", "greedy,pgd,trigger,exhaustive", "--insertions", "2", "--out", "a") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["threat"]["pgd"]["kind"] == "WordSubstitution by NearestPGD"
+    entry = {name: document["figures"][f"{name}/entry"]["value"] for name in document["threat"]}
+    assert entry["exhaustive"] >= max(entry["greedy"], entry["pgd"])
+    for row in map(json.loads, (files / "a" / "edits.jsonl").read_text().splitlines()):
+        if row["attack"] != "trigger":
+            assert all(edit["new"] in SYNONYMS[edit["old"]] for edit in row["edits"])
+    blind = ("attack", *words[:-1], "--ranker", "bm25", "-k", "3", "--attacks", "pgd")
+    assert run(*blind) == 2
+    assert "give a --surrogate" in " ".join(capsys.readouterr().err.split())
+    assert run(*blind, "--surrogate", "saved:bag", "--targets", "1") == 0
+
+
+def test_rankers_are_compared_on_the_tasks(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        *CORPUS,
+        "--qrels",
+        "qrels.txt",
+        "--ranker",
+        "bm25",
+        "--ranker",
+        "users_ranker_of_words:overlap",
+        "-k",
+        "3",
+    )
+    assert run("benchmark", *words, "--tasks", "variance,query,document", "--out", "b", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len({name.partition("/")[0] for name in document["figures"]}) == 3
+    assert (files / "b" / "report.html").is_file()
+    assert run("benchmark", *words, "--tasks", "corpus") == 2
+    assert run("benchmark", *words, "--typos", "few") == 2
+    assert "--typos 'few'" in capsys.readouterr().err
+
+
 def test_named_collections_bring_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("evaluate", "--corpus", "lee", "--json") == 0
     figure = json.loads(capsys.readouterr().out)["figures"]["bm25/nDCG@10"]
@@ -154,6 +197,7 @@ def test_every_ranker_and_bound_can_be_named() -> None:
     assert (*words.BOUNDS, "exact") == certdr.BOUNDS  # of sampled scores none is exact
     assert certdr.RULES == words.RULES
     assert tuple(WORD_MODELS) == words.MODELS
+    assert set(words.SUBSTITUTIONS) < set(SEARCHES)
 
 
 @pytest.mark.quick
@@ -176,8 +220,13 @@ def test_every_ranker_and_bound_can_be_named() -> None:
         (["evaluate", *CORPUS, "--qrels", "qrels.txt", "--measures", "best"], 2, "ir-measures knows none"),
         (["attack", *CORPUS, "--ranker", "bm25", "--attacks", "magic"], 2, "--attacks='magic'"),
         (["attack", *CORPUS, "--ranker", "bm25", "--attacks", "sentences"], 2, "--qrels is needed"),
+        (["attack", *CORPUS, "--ranker", "bm25", "--attacks", "greedy"], 2, "--attacks greedy: --synonyms is needed"),
         (["attack", *CORPUS, "--ranker", "bm25", "-k", "24"], 2, "no document below rank 24"),
         (["attack", *CORPUS, "--ranker", "bm25", "--out", "docs.tsv"], 3, "a folder that can be written"),
+        (["train", *CORPUS, "--model", "magic", "--out", "m"], 2, "--ranker 'magic'"),
+        (["train", *CORPUS, "--model", "bm25", "--out", "m"], 2, "--model 'bm25': choose one of bag"),
+        (["train", *CORPUS, "--model", "bag", "--out", "m"], 2, "no judgements to learn from"),
+        (["train", *CORPUS, "--model", "bag", "--out", "m", "--vectors", "absent"], 3, "--vectors absent"),
         (["certify", *CORPUS, "--ranker", "bm25", "--synonyms", "words"], 2, "json:FILE, wordnet:FOLDER"),
         (["certify", *CORPUS, "--ranker", "bm25", "--synonyms", "json:no.json"], 3, "no such file"),
         (["certify", *CORPUS, "--ranker", "bm25", "--synonyms", "json:docs.tsv"], 2, "docs.tsv is not valid JSON"),

@@ -181,7 +181,8 @@ def attack_run(
 def describe_attack(attack: DocumentAttack) -> dict[str, Any]:
     """Return what an attack may do, for the report."""
     budget = attack.budget
-    return {"kind": type(attack).__name__, "share": budget.share, "most": budget.most, "insertions": budget.insertions}
+    kind = " by ".join(type(part).__name__ for part in (attack, getattr(attack, "search", None)) if part is not None)
+    return {"kind": kind, "share": budget.share, "most": budget.most, "insertions": budget.insertions}
 
 
 def _attacked(clean: Run, rows: Sequence[Mapping[str, Any]], label: str) -> Run:

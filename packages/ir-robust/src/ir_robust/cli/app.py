@@ -225,6 +225,11 @@ def attack(
     synonyms: Synonyms = None,
     edges: Edges = "mutual",
     threshold: Threshold = 0.9,
+    cut: Annotated[int | None, typer.Option("--cap", min=1, help="Cut larger components into cliques first.")] = None,
+    surrogate: Annotated[
+        str | None, typer.Option(help="Ranker whose gradients pgd and gcg take, where yours has none.")
+    ] = None,
+    max_queries: Annotated[int | None, typer.Option(min=1, help="Scores that a search may ask, a document.")] = None,
     measures: Measures = MEASURES,
     depth: Depth = 100,
     batch_size: BatchSize = 256,
@@ -237,15 +242,21 @@ def attack(
     """Edit documents within a budget: how many enter the first K, how far they climb, and what a reader would see."""
     check(corpus=corpus, topics=topics, empty=empty, ranker=ranker, files={"--run": run, "--qrels": qrels}, folder=out,
           resume=resume, synonyms=synonyms, attacks=attacks)  # fmt: skip
+    check(ranker=surrogate)
     check_word("--edges", edges, ("mutual", "either"))
     from ir_robust.attacks.run import attack_run
-    from ir_robust.cli.setting import attacks_of, collection_of, ranker_of, run_of
+    from ir_robust.cli.setting import attacks_of, collection_of, graph_of, ranker_of, run_of
     from robust_core.device import choose_device
 
     data = collection_of(corpus, topics, qrels, fields=fields, empty=empty)
     chosen = choose_device(device)
     judge = ranker_of(ranker, data, chosen)
-    found = attacks_of(attacks, data, share=share, most=most, insertions=insertions)
+    graph = None if synonyms is None else graph_of(synonyms, data, edges=edges, threshold=threshold, cap=cut)
+    found = attacks_of(
+        attacks, data, share=share, most=most, insertions=insertions, graph=graph, victim=judge,
+        max_queries=max_queries,
+        surrogate=None if surrogate is None else ranker_of(surrogate, data, chosen),
+    )  # fmt: skip
     with console.progress() as report:
         first = run_of(run, data, depth, report)
         result = attack_run(

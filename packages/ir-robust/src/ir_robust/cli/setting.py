@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,22 @@ import torch
 
 from ir_robust.attacks.base import DocumentAttack, WordBudget
 from ir_robust.attacks.spam import Deletion, SentenceInjection, TermSpamming, relevant_sentences
+from ir_robust.attacks.words import Trigger, WordSubstitution
 from ir_robust.cli.words import NAMED, listed
 from ir_robust.collection import Collection, load_collection, read_collection
 from ir_robust.finished import Finished
 from ir_robust.formats import Run, read_qrels, read_run
 from ir_robust.rankers import BM25Index, vocabulary_of
-from ir_robust.rankers.base import as_ranker, candidates, scores_of
+from ir_robust.rankers.base import WhiteBoxRanker, as_ranker, candidates, scores_of
 from ir_robust.ranking_robustness.models import digest
 from ir_robust.synonyms import SynonymGraph
+from ir_robust.text import Words
+from robust_core.attacks.tokens import SEARCHES
 
 __all__ = ["attacks_of", "collection_of", "graph_of", "ranker_of", "reranked", "run_of", "runs_of"]
 
+FREQUENT = 100
+"""Words of the collection that a trigger may be made of, beside the query's."""
 OnStep = Callable[[str, int, int], None]
 
 
@@ -118,9 +124,29 @@ def graph_of(
 
 
 def attacks_of(
-    names: str, data: Collection, *, share: float, most: int | None, insertions: int
+    names: str,
+    data: Collection,
+    *,
+    share: float,
+    most: int | None,
+    insertions: int,
+    graph: SynonymGraph | None = None,
+    victim: Any = None,
+    surrogate: Any = None,
+    max_queries: int | None = None,
 ) -> dict[str, DocumentAttack]:
     """Return name -> attack.
+
+    Args:
+        names: with commas.
+        data: the collection.
+        share: of a document's words that may change.
+        most: of them, in any case.
+        insertions: words that may be added.
+        graph: what may be written for what, for attacks that substitute.
+        victim: the ranker under attack.
+        surrogate: whose gradients are taken; the victim's if None.
+        max_queries: scores that a search may ask for, for each document.
 
     Raises:
         ValueError: an attack that needs what was not given.
@@ -130,10 +156,32 @@ def attacks_of(
     for name in listed("--attacks", names):
         if name == "spam":
             found[name] = TermSpamming(room, place="best")
+        elif name == "deletion":
+            found[name] = Deletion(words)
         elif name == "sentences":
             if not data.qrels:
                 raise ValueError("--attacks sentences: takes sentences of relevant documents; --qrels is needed")
             found[name] = SentenceInjection(relevant_sentences(data), room)
+        elif name == "trigger":
+            frequent = tuple(vocabulary_of(data.docs.values())[:FREQUENT])
+            found[name] = Trigger(_TriggerWords(frequent), room, SEARCHES["greedy"](max_queries=max_queries))
+        elif graph is None:
+            raise ValueError(f"--attacks {name}: --synonyms is needed, what may be written for what")
         else:
-            found[name] = Deletion(words)
+            if name in ("pgd", "gcg") and not isinstance(surrogate or victim, WhiteBoxRanker):
+                raise ValueError(
+                    f"--attacks {name}: the ranker shows no gradients; give a --surrogate that does, or take greedy"
+                )
+            search = SEARCHES[name](max_queries=max_queries)
+            found[name] = WordSubstitution(graph, words, search, surrogate)
     return found
+
+
+@dataclass(frozen=True)
+class _TriggerWords:
+    """Candidates of a trigger: the query's words, and frequent ones of the collection."""
+
+    frequent: tuple[str, ...]
+
+    def __call__(self, query: str) -> list[str]:
+        return [*Words.of(query).words, *self.frequent]

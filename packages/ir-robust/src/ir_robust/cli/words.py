@@ -20,6 +20,7 @@ __all__ = [
     "NAMED",
     "READY",
     "RULES",
+    "SUBSTITUTIONS",
     "SYNONYMS",
     "TASKS",
     "check",
@@ -39,7 +40,9 @@ MODELS = ("bag", "drmm", "duet", "knrm")
 BOUNDS = ("betting", "bernstein", "chernoff", "hoeffding")
 RULES = ("per_document", "paper")
 TASKS = ("variance", "type", "corpus", "query", "document")
-ATTACKS = ("spam", "sentences", "deletion")
+SUBSTITUTIONS = ("greedy", "beam", "pgd", "gcg", "random", "exhaustive")
+"""Searches for synonyms, of :data:`robust_core.attacks.tokens.SEARCHES`."""
+ATTACKS = ("spam", "sentences", "deletion", "trigger", *SUBSTITUTIONS)
 
 
 def split_ranker(words: str) -> tuple[str, str]:
@@ -123,8 +126,10 @@ def check(
         if file is not None and not file.is_file():
             raise ResourceError(f"{option} {file}: no such file")
     _check_synonyms(synonyms)
-    if attacks is not None:
-        listed("--attacks", attacks, ATTACKS)
+    named = [] if attacks is None else listed("--attacks", attacks, ATTACKS)
+    writes_synonyms = [name for name in named if name in SUBSTITUTIONS]
+    if writes_synonyms and synonyms is None:
+        raise ValueError(f"--attacks {writes_synonyms[0]}: --synonyms is needed, what may be written for what")
     for option, value in (shares or {}).items():
         if not (math.isfinite(value) and 0 < value < 1):
             raise ValueError(f"{option} {value}: a number between 0 and 1 is needed")
