@@ -2,11 +2,13 @@
 
     python benchmarks/tokens.py [--json] [--quick]
 
-Every search runs on a small transformer (2 layers, width 128) that reads embeddings, first with the engine, then as the
-same passes by hand: the recorded batches of embeddings, batch by batch, forward, and backward to the embeddings where
-the search took a gradient. What every search of its kind must do besides is replayed too, on its own line: one product
-of the gradient with the embeddings of all candidates (GCG, simplex, projected). Alternated, medians of processor time
-on one thread; ``ratio`` is search over passes, ``ratio_to_parts`` over passes and those products.
+Every search runs on a transformer that reads embeddings, first with the engine, then as the same passes by hand: the
+recorded batches of embeddings, batch by batch, forward, and backward to the embeddings where the search took a
+gradient. ``small`` has 2 layers of width 128 and reads 16 tokens, ``encoder`` 6 layers of width 256 and reads 77: a
+tenth of the text encoder of a diffusion model, which is itself a hundredth of its denoiser. What every search of its
+kind must do besides is replayed too, on its own line: one product of the gradient with the embeddings of all
+candidates (GCG, simplex, projected). Alternated, medians of processor time on one thread; ``ratio`` is search over
+passes, ``ratio_to_parts`` over passes and those products.
 """
 
 from __future__ import annotations
@@ -36,17 +38,18 @@ from robust_core.attacks.tokens import (
     TokenSpace,
 )
 
-WIDTH, PLACES, SLOTS = 128, 16, 5
+SLOTS = 5
+SIZES = {"small": (2, 128, 16), "encoder": (6, 256, 77)}  # layers, width, tokens
 
 
 class Reader(nn.Module):
     """A small transformer that scores embeddings."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int, width: int) -> None:
         super().__init__()
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, batch_first=True, dropout=0.0)
-        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(WIDTH, 1)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True, dropout=0.0)
+        self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 1)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """Return (n,) scores."""
@@ -69,20 +72,21 @@ class Record:
         return watched
 
 
-def cases(quick: bool) -> list[tuple[str, TokenSearch, int, int]]:
-    """Return name, search, vocabulary and number of texts."""
-    steps = 4 if quick else 10
-    big = 30_000
+def cases(quick: bool) -> list[tuple[str, TokenSearch, str, int, int]]:
+    """Return name, search, model, vocabulary and number of texts."""
+    steps, big = 6 if quick else 12, 30_000
     return [
-        ("exhaustive", Exhaustive(limit=1024), 4, 1),
-        ("random", RandomSearch(n_samples=512), big, 2),
-        ("greedy", Greedy(patience=None), 50, 2),
-        ("beam of 4", Beam(width=4, order="left"), 50, 2),
-        ("gcg", GCG(n_steps=steps, n_candidates=128), big, 2),
-        ("pgd, nearest", NearestPGD(n_rounds=3, n_steps=steps), big, 16),
-        ("simplex, 16 texts", Simplex(n_steps=3 * steps), big, 16),
-        ("simplex, 1 text", Simplex(n_steps=3 * steps), big, 1),
-        ("projected, 16 texts", Projected(n_steps=3 * steps), big, 16),
+        ("exhaustive", Exhaustive(limit=1024), "small", 4, 1),
+        ("random", RandomSearch(n_samples=512), "small", big, 2),
+        ("greedy", Greedy(patience=None), "small", 50, 2),
+        ("beam of 4", Beam(width=4, order="left"), "small", 50, 2),
+        ("gcg, small model", GCG(n_steps=steps, n_candidates=128), "small", big, 2),
+        ("gcg", GCG(n_steps=steps // 2, n_candidates=32, padding=False), "encoder", big, 1),
+        ("pgd, nearest", NearestPGD(n_rounds=2, n_steps=2 * steps, padding=False), "encoder", big, 1),
+        ("simplex, small model", Simplex(n_steps=3 * steps), "small", big, 1),
+        ("simplex", Simplex(n_steps=3 * steps, padding=False), "encoder", big, 1),
+        ("simplex, soft", Simplex(n_steps=3 * steps, forward="soft", padding=False), "encoder", big, 1),
+        ("projected", Projected(n_steps=3 * steps, padding=False), "encoder", big, 1),
     ]
 
 
@@ -92,12 +96,13 @@ def timed(call: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def measure(name: str, search: TokenSearch, n_tokens: int, n_texts: int, repeats: int) -> dict:
+def measure(name: str, search: TokenSearch, size: str, n_tokens: int, n_texts: int, repeats: int) -> dict:
     torch.manual_seed(0)
-    model, embedding = Reader().eval(), torch.randn(n_tokens, WIDTH)
+    layers, width, places = SIZES[size]
+    model, embedding = Reader(layers, width).eval(), torch.randn(n_tokens, width)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    ids = torch.randint(0, n_tokens, (n_texts, PLACES))
+    ids = torch.randint(0, n_tokens, (n_texts, places))
     editable = torch.zeros_like(ids, dtype=torch.bool)
     editable[:, :SLOTS] = True
     space = TokenSpace.vocabulary(ids, editable, n_tokens, banned=[0])
@@ -117,7 +122,7 @@ def measure(name: str, search: TokenSearch, n_tokens: int, n_texts: int, repeats
 
     needs = isinstance(search, GCG | Simplex | Projected)
     n_products = sum(gradient for _, gradient in record.passes) if needs else 0
-    gradient = torch.randn(max(SLOTS * n_texts, 16), WIDTH)
+    gradient = torch.randn(max(SLOTS * n_texts, 16 if search.padding else 1), width)
 
     def products() -> None:
         for _ in range(n_products):
@@ -127,6 +132,7 @@ def measure(name: str, search: TokenSearch, n_tokens: int, n_texts: int, repeats
     whole, bare, product = (statistics.median(column) for column in zip(*rows, strict=True))
     return {
         "search": name,
+        "model": size,
         "vocabulary": n_tokens,
         "texts": n_texts,
         "queries": int(result.n_queries.sum()),
@@ -146,7 +152,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [measure(*case, repeats=3 if options.quick else 7) for case in cases(options.quick)]
+    rows = [measure(*case, repeats=3 if options.quick else 5) for case in cases(options.quick)]
     machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
     if options.json:
         print(json.dumps({"schema": "robust.benchmark/1", "name": "tokens", **machine, "rows": rows}, indent=2))

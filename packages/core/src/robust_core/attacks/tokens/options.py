@@ -53,15 +53,18 @@ class Options:
         self.space, self.embedding = space, embedding.detach()
         self._padded = padded if padding else (lambda x: x)
         self.row, self.where = row, where
-        whole = len(space.table) == 1 and space.table.shape[1] == len(embedding)
-        whole = whole and torch.equal(space.table[0], torch.arange(len(embedding), device=embedding.device))
         place = where.clamp(min=0)
         self._table_row = space.slots[row[:, None], place].clamp(min=0)
         self._own_token = space.ids[row[:, None], place]
         self.own = space.rank_of_own[row[:, None], place]
-        shared = self.embedding if whole else self.embedding[space.table[0].clamp(min=0)]
-        self._shared = shared if len(space.table) == 1 else None
+        self._shared: Tensor | None = None  # embeddings of the columns, or of all tokens, of which some are picked
+        self._picked: Tensor | None = None
+        if len(space.table) == 1:
+            tokens = space.table[0].clamp(min=0)
+            most = 2 * len(tokens) > len(embedding)  # then a copy of their embeddings would double the memory
+            self._shared, self._picked = (self.embedding, tokens) if most else (self.embedding[tokens], None)
         self._norm: Tensor | None = None
+        self._masks: tuple[Tensor, Tensor] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,9 +74,22 @@ class Options:
     @property
     def valid(self) -> Tensor:
         """(b, m, C) bool: the columns that hold a token; none where ``where`` is -1."""
-        listed = self.space.table[self._table_row] >= 0
-        columns = torch.cat([listed, (self.own == self.space.table.shape[1])[..., None]], 2)
-        return columns & (self.where >= 0)[..., None]
+        return self._columns()[0]
+
+    def _columns(self) -> tuple[Tensor, Tensor]:
+        """Return the valid columns and the others."""
+        if self._masks is None:
+            columns = torch.cat([self._listed_tokens >= 0, (self.own == self.space.table.shape[1])[..., None]], 2)
+            columns &= (self.where >= 0)[..., None]
+            self._masks = columns, ~columns
+        return self._masks
+
+    @property
+    def _listed_tokens(self) -> Tensor:
+        """(b, m, K) int64: the rows of the table."""
+        if self._shared is None:
+            return self.space.table[self._table_row]
+        return self.space.table[0].expand(*self.where.shape, -1)
 
     def column_of_rank(self, rank: Tensor) -> Tensor:
         """Return (b, m) the ``rank``-th valid columns."""
@@ -86,6 +102,8 @@ class Options:
         chosen.__dict__.update(self.__dict__)
         for name in ("row", "where", "_table_row", "_own_token", "own"):
             setattr(chosen, name, getattr(self, name)[rows])
+        if self._masks is not None:
+            chosen._masks = self._masks[0][rows], self._masks[1][rows]
         return chosen
 
     def tokens(self, column: Tensor) -> Tensor:
@@ -94,7 +112,7 @@ class Options:
 
     def holds(self, token: Tensor) -> Tensor:
         """Return (b, m, C) bool: the columns that hold a token (b, m)."""
-        listed = self.space.table[self._table_row] == token[..., None]
+        listed = self._listed_tokens == token[..., None]
         return torch.cat([listed, (self._own_token == token)[..., None]], 2)
 
     def vectors(self, token: Tensor) -> Tensor:
@@ -112,12 +130,14 @@ class Options:
         """Return (b, m, C) gradients with respect to the one-hot columns, for gradients (b, m, D); 0 if invalid."""
         if self._shared is not None:
             flat = gradient.flatten(0, 1)
-            listed = one_hot_gradient(self._padded(flat), self._shared)[: len(flat)].unflatten(0, gradient.shape[:2])
+            listed = one_hot_gradient(self._padded(flat), self._shared)[: len(flat)]
+            listed = listed if self._picked is None else listed[:, self._picked]
+            listed = listed.unflatten(0, gradient.shape[:2])
         else:
             listed = torch.cat([self._products(part, gradient) for part in self._parts()])
             listed = listed.reshape(*self.where.shape, -1)
         own = (gradient * self.embedding[self._own_token].to(gradient.dtype)).sum(2, keepdim=True)
-        return torch.cat([listed, own.to(listed.dtype)], 2).masked_fill_(~self.valid, 0)
+        return torch.cat([listed, own.to(listed.dtype)], 2).masked_fill_(self._columns()[1], 0)
 
     def _parts(self) -> Iterator[Tensor]:
         rows = torch.arange(self.where.numel(), device=self.where.device)
@@ -134,6 +154,8 @@ class Options:
         listed, own = weights[..., :-1], weights[..., -1:]
         if self._shared is not None:
             flat = listed.flatten(0, 1)
+            if self._picked is not None:
+                flat = flat.new_zeros(len(flat), len(self._shared)).index_add_(1, self._picked, flat)
             mixed = (self._padded(flat) @ self._shared.to(listed.dtype))[: len(flat)].unflatten(0, listed.shape[:2])
         else:
             flat = listed.flatten(0, 1)

@@ -27,20 +27,18 @@ def project_simplex(u: Tensor, valid: Tensor | None = None) -> Tensor:
         return project_simplex(u.float(), valid).to(u.dtype)
     low = torch.finfo(u.dtype).min / 4
     u = u if valid is None else u.masked_fill(~valid, low)
-    count = torch.full_like(u[..., :1], u.shape[-1]) if valid is None else valid.sum(-1, keepdim=True).to(u.dtype)
-    total = u.sum(-1, keepdim=True) if valid is None else u.masked_fill(~valid, 0).sum(-1, keepdim=True)
-    mu = torch.maximum((total - 1) / count.clamp(min=1), u.amax(-1, keepdim=True) - 1)  # both from below
+    mu = u.amax(-1, keepdim=True) - 1  # from below: the largest entry alone sums to 1
     for _ in range(u.shape[-1]):
         rest = (u - mu).clamp_(min=0)
         # f(mu) = sum max(u - mu, 0) - 1 is convex and falls: Newton from below never passes its root
-        step = (rest.sum(-1, keepdim=True) - 1) / (rest > 0).sum(-1, keepdim=True).clamp(min=1)
+        above = rest.sum(-1, keepdim=True) - 1
+        step = above / rest.sign_().sum(-1, keepdim=True).clamp(min=1)
         further = torch.maximum(mu + step, mu)
         if not bool((further > mu).any()):
             break
         mu = further
     point = (u - mu).clamp_(min=0)
-    point = point / point.sum(-1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)  # takes rounding out
-    return point if valid is None else torch.where(valid, point, 0)
+    return point / point.sum(-1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)  # takes rounding out
 
 
 def project_entropy(u: Tensor, gini: float, valid: Tensor | None = None) -> Tensor:
