@@ -41,8 +41,8 @@ def test_the_bound_is_the_end_of_what_is_refuted(seed: int, n: int, shape: float
     x = np.random.default_rng(seed).beta(shape, 2.0, n)
     wanted = slow_lower(x, alpha, n + more)
     found = float(betting_lower(x, alpha, planned=n + more))
-    assert wanted - 1e-5 <= found <= wanted + 1e-8
-    assert float(betting_upper(1.0 - x, alpha, planned=n + more)) == pytest.approx(1.0 - found, abs=1e-9)
+    assert wanted - 2e-5 <= found <= wanted + 1e-8
+    assert float(betting_upper(1.0 - x, alpha, planned=n + more)) == pytest.approx(1.0 - found, abs=2e-5)
 
 
 @pytest.mark.parametrize("law", ["bernoulli", "beta", "rare"])
@@ -71,7 +71,7 @@ def test_shapes_devices_and_refusals() -> None:
     found = betting_lower(x, 0.05)
     assert found.shape == (3, 2)
     assert found.dtype == torch.float64
-    assert float(betting_lower(x[1, 1], 0.05)) == pytest.approx(float(found[1, 1]), abs=1e-6)
+    assert float(betting_lower(x[1, 1], 0.05)) == pytest.approx(float(found[1, 1]), abs=2e-5)
     assert float(betting_lower(np.ones(1), 0.01)) < 0.2
     assert float(betting_lower(np.zeros(50), 0.01)) == 0.0
     with pytest.raises(ValueError, match=r"values in \[0, 1\]"):

@@ -31,6 +31,8 @@ PRIOR = 0.05
 """Variance that is assumed with the weight of one value."""
 MOST = 100.0
 """Largest stake."""
+NEAR = 1e-5
+"""How near to the exact bound one goes, from the safe side."""
 _BLOCK = 1 << 17
 _FACTORS = 32
 
@@ -113,6 +115,6 @@ def _solve(x: np.ndarray, alpha: float, planned: int) -> np.ndarray:
         at_high = np.where(up, np.where(last > 0, at_high / 2, at_high), found)
         at_low = np.where(up, found, np.where(last < 0, at_low / 2, at_low))
         low, high, last = np.where(up, middle, low), np.where(up, high, middle), np.where(up, 1.0, -1.0)
-        if float(np.where(none, 0.0, high - low).max()) < 1e-6:
+        if float(np.where(none, 0.0, high - low).max()) < NEAR:
             break
     return np.where(none, 0.0, low)

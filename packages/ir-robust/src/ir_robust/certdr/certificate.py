@@ -69,7 +69,7 @@ class TopKCertificate:
         top: their positions in the list, the best first.
         certified: no outsider can enter.
         margin: least distance between inside and attacked outside; positive exactly where certified.
-        mc_radius: mean half width of the bounds used.
+        mc_radius: mean distance from estimates to the bounds used.
         max_deviation: largest o_d of an outsider.
         alpha: failure probability, joint over all documents and all K that were asked together.
         n_samples: noisy documents that were scored for the query.
@@ -92,7 +92,12 @@ def mc_error(n: int, alpha: float = 0.05) -> float:
 
 
 def score_bounds(
-    scores: SmoothedScores, alpha: float | None, *, bound: str = "betting", planned: int | None = None
+    scores: SmoothedScores,
+    alpha: float | None,
+    *,
+    bound: str = "betting",
+    planned: int | None = None,
+    sides: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (N,) lower and (N,) upper bounds of g, *each* of the 2N failing with probability ``alpha`` at most.
 
@@ -101,6 +106,7 @@ def score_bounds(
         alpha: of each one-sided bound; not looked at where ``bound`` is ``"exact"``.
         bound: one of :data:`BOUNDS`.
         planned: sample size that bets are made for, the same at every look; each document's own if None.
+        sides: (N,) bool each, where lower and upper bounds by betting are wanted; elsewhere they are 0 and 1.
 
     Raises:
         ValueError: bets on estimates without their samples, or no ``alpha``.
@@ -119,20 +125,22 @@ def score_bounds(
             1.0 - np.asarray(empirical_bernstein_lower(1.0 - mean, var, n, a)),
         ),
     }
-    lower, upper = _bets(scores, alpha, planned) if bound == "betting" else pairs[bound](alpha)
+    lower, upper = _bets(scores, alpha, planned, sides) if bound == "betting" else pairs[bound](alpha)
     return np.where(scores.exact, mean, lower), np.where(scores.exact, mean, upper)
 
 
-def _bets(scores: SmoothedScores, alpha: float, planned: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _bets(
+    scores: SmoothedScores, alpha: float, planned: int | None, sides: tuple[np.ndarray, np.ndarray] | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Return (N,) lower and upper bounds by betting, documents of one sample size at a time."""
     if scores.samples is None:
         raise ValueError("bound='betting' needs the samples; choose 'chernoff' or 'bernstein' for means and variances")
     lower, upper = np.zeros(len(scores)), np.ones(len(scores))
-    for size in np.unique(scores.n[~scores.exact]).tolist():
-        rows = np.flatnonzero((scores.n == size) & ~scores.exact)
-        values = np.stack([scores.samples[i] for i in rows])
-        lower[rows] = betting_lower(values, alpha, planned=planned)
-        upper[rows] = betting_upper(values, alpha, planned=planned)
+    for side, function, found in ((0, betting_lower, lower), (1, betting_upper, upper)):
+        wanted = ~scores.exact if sides is None else ~scores.exact & sides[side]
+        for size in np.unique(scores.n[wanted]).tolist():
+            rows = np.flatnonzero((scores.n == size) & wanted)
+            found[rows] = function(np.stack([scores.samples[i] for i in rows]), alpha, planned=planned)
     return lower, upper
 
 
@@ -211,7 +219,9 @@ def certify_top_k(
     m = _n_bounds(len(scores), wanted) if selected_by is not None else 2 * len(scores)
     exact = bound == "exact" or bool(scores.exact.all())
     check_number("alpha", alpha, low=0.0, high=1.0, open_low=True, open_high=True)
-    lower, upper = score_bounds(scores, alpha / max(m, 1), bound=bound)
+    place = np.argsort(order)
+    sides = (place < max(wanted, default=0), place >= min(wanted, default=0))  # above every K nobody needs an upper one
+    lower, upper = score_bounds(scores, alpha / max(m, 1), bound=bound, sides=sides)
     n_samples = int(scores.n.sum()) + (0 if selected_by is None else int(selected_by.n.sum()))
     found = {}
     for k in wanted:
@@ -224,7 +234,7 @@ def certify_top_k(
             tuple(order[:k].tolist()),
             margin > 0.0,
             margin,
-            float(np.mean(upper - lower) / 2),
+            float(np.mean(np.where(inside, scores.mean - lower, upper - scores.mean))),
             float(outside.max()) if len(outside) else 0.0,
             0.0 if exact else alpha,
             n_samples,

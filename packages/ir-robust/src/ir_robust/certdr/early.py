@@ -18,13 +18,13 @@ of best-arm identification (Even-Dar, Mannor and Mansour 2006), here for top set
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ir_robust.attacks.base import WordBudget
 from ir_robust.certdr.certificate import TopKCertificate, certify_top_k, order_of, score_bounds, top_k_margin
-from ir_robust.certdr.smoothed import SmoothedRanker, SmoothedScores
-from ir_robust.text import Words
+from ir_robust.certdr.smoothed import Sampler, SmoothedRanker, SmoothedScores
 from robust_core.certificates.statistics import split_alpha
 from robust_core.checks import check_count, check_number
 
@@ -76,36 +76,36 @@ def certify_list(
     """
     wanted = [ks] if isinstance(ks, int) else list(ks)
     check_number("patience", patience, low=0.0)
-    devs = np.array([smoothed.table.deviation(Words.of(doc).words, budget) for doc in docs])
+    samplers = [smoothed.sampler(query, doc) for doc in docs]
+    devs = np.array([smoothed.table.deviation(sampler.words.words, budget) for sampler in samplers])
     settings = {"alpha": alpha, "bound": bound, "rule": rule, "names": names}
     if bound == "exact":
-        whole = SmoothedScores.of([smoothed.sampler(query, doc).enumerate() for doc in docs])
+        whole = SmoothedScores.of([sampler.enumerate() for sampler in samplers])
         return certify_top_k(whole, devs, wanted, **settings), whole
     if selection == "split":
-        return _split(smoothed, query, docs, wanted, devs, settings)
+        return _split(samplers, smoothed.n_samples, wanted, devs, settings)
     if not early or selection != "union":  # certify_top_k names what selections there are
-        whole = smoothed(query, docs)
+        whole = SmoothedScores.of([sampler.extend(smoothed.n_samples) for sampler in samplers])
         return certify_top_k(whole, devs, wanted, selection=selection, **settings), whole
     for k in wanted:
         check_count("k", k)
-    race = _Race(smoothed, query, docs, devs, wanted, patience=patience, **settings)
+    race = _Race(samplers, smoothed.n_samples, devs, wanted, patience=patience, **settings)
     race.run()
     return {k: race.found[k] for k in wanted}, race.scores
 
 
 def _split(
-    smoothed: SmoothedRanker, query: str, docs: Sequence[str], ks: list[int], devs: np.ndarray, settings: dict
+    samplers: Sequence[Sampler], n_samples: int, ks: list[int], devs: np.ndarray, settings: dict[str, Any]
 ) -> tuple[dict[int, TopKCertificate], SmoothedScores]:
     """Let the first samples choose and the others, which are independent of them, certify."""
-    choose = max(smoothed.n_samples // 5, 1)
-    if choose == smoothed.n_samples:
-        raise ValueError(f"n_samples={smoothed.n_samples}: a split needs at least 2")
+    choose = max(n_samples // 5, 1)
+    if choose == n_samples:
+        raise ValueError(f"n_samples={n_samples}: a split needs at least 2")
     first, rest = [], []
-    for doc in docs:
-        sampler = smoothed.sampler(query, doc)
+    for sampler in samplers:
         early = sampler.extend(choose).copy()
         first.append(early)
-        rest.append(sampler.extend(smoothed.n_samples).since(early))
+        rest.append(sampler.extend(n_samples).since(early))
     chosen, certifying = SmoothedScores.of(first), SmoothedScores.of(rest)
     found = certify_top_k(certifying, devs, ks, selection="split", selected_by=chosen, **settings)
     return found, certifying
@@ -116,9 +116,8 @@ class _Race:
 
     def __init__(
         self,
-        smoothed: SmoothedRanker,
-        query: str,
-        docs: Sequence[str],
+        samplers: Sequence[Sampler],
+        n_samples: int,
         devs: np.ndarray,
         ks: list[int],
         *,
@@ -128,7 +127,7 @@ class _Race:
         rule: str,
         names: Sequence[str] | None,
     ) -> None:
-        self.looks, n = looks_of(smoothed.n_samples), len(docs)
+        self.samplers, self.looks, n = samplers, looks_of(n_samples), len(samplers)
         m = len(self.looks)
         check_number("alpha", alpha, low=0.0, high=1.0, open_low=True, open_high=True)
         shares: Sequence[float] = [alpha] * m  # bets need no more: they may be looked at whenever one likes
@@ -136,7 +135,6 @@ class _Race:
             shares = split_alpha(alpha, m, weights=[1.0] * (m - 1) + [max(m - 1.0, 1.0)])
         self.alphas = [share / (2 * max(n, 1)) for share in shares]
         self.alpha, self.bound, self.rule, self.names, self.patience = alpha, bound, rule, names, patience
-        self.samplers = [smoothed.sampler(query, doc) for doc in docs]
         self.devs, self.open = devs, list(dict.fromkeys(ks))
         self.level = np.full(n, -1)
         self.lower, self.upper = np.zeros(n), np.ones(n)
@@ -187,7 +185,7 @@ class _Race:
                 return active
         self.open.remove(k)
         outside = self.devs[~inside]
-        width = float(np.mean(self.upper - self.lower) / 2)
+        width = float(np.mean(np.where(inside, scores.mean - self.lower, self.upper - scores.mean)))
         most = float(outside.max()) if len(outside) else 0.0
         top = tuple(order[:k].tolist())
         self.found[k] = TopKCertificate(k, top, margin > 0.0, margin, width, most, self.alpha)

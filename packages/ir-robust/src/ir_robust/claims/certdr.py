@@ -6,7 +6,7 @@ most nine words each, which cover two thirds of all words of the documents. All 
 query is certified where the gap between the K-th and the rest exceeds what sampling leaves open. On the list as it is
 published, read both ways, the largest component holds half of the words; that regime is measured too.
 
-Each seed draws 45 of the 225 queries for the test and trains on the rest: bags of MiniLM's input vectors (pairwise
+Each seed draws 32 of the 225 queries for the test and trains on the rest: bags of MiniLM's input vectors (pairwise
 hinge, five epochs), one on clean documents, one on documents with words drawn anew (the paper's augmentation), one on
 documents attacked against the clean one (adversarial augmentation), one that reads representatives. Lists are BM25's
 first 100.
@@ -38,8 +38,8 @@ from ir_robust.certdr import (
     SmoothedRanker,
     Squash,
     SynonymGraph,
+    TopKCertificate,
     certify_list,
-    certify_top_k,
     fit_squash,
     predict_top_k,
 )
@@ -196,7 +196,7 @@ def _setting(seed: int, scale: Scale) -> _Setting:
     data, first, vectors, table, raw, sha256 = _fixed("cranfield" if scale == "quick" else "irds:msmarco-passage/dev")
     judged = data.judged()
     order = torch.randperm(len(judged), generator=torch.Generator().manual_seed(derive(seed, "split"))).tolist()
-    queries, cut = [judged[i] for i in order], max(len(judged) // 5, 1)
+    queries, cut = [judged[i] for i in order], max(len(judged) // 7, 1)
     return _Setting(data, first, vectors, table, raw, sha256, tuple(queries[:cut]), tuple(queries[cut:]), seed)
 
 
@@ -261,7 +261,6 @@ class _Smoothed:
     broken: int
     certified: int
     moved: int
-    nested: bool
 
 
 def _smoothed(setting: _Setting, ranker: BagRanker, *, attack: bool) -> _Smoothed:
@@ -273,19 +272,16 @@ def _smoothed(setting: _Setting, ranker: BagRanker, *, attack: bool) -> _Smoothe
     fresh = SmoothedRanker(ranker, table, N_SAMPLES, squash=squash, generator=derive(setting.seed, "deploy"))
     smooth_run: Run = {}
     counts = dict.fromkeys(("certified", "entry", "deployed", "broken", "moved", "attacks"), 0)
-    nested = True
     for qid in setting.test:
         names, query = list(setting.first_stage[qid]), data.queries[qid]
         texts = [data.docs[d] for d in names]
-        scores = certifying(query, texts)
-        devs = [table.deviation(Words.of(text).words) for text in texts]
-        found = certify_top_k(scores, devs, KS, names=names)
-        rough = certify_top_k(scores, devs, KS, names=names, rule="paper")
-        nested &= all(found[k].certified or not rough[k].certified for k in KS)
+        found, scores = certify_list(certifying, query, texts, KS, names=names)
         counts["certified"] += sum(c.certified for c in found.values())
         smooth_run[qid] = dict(zip(names, scores.mean.tolist(), strict=True))
         if attack:
-            outcome = _attack_list(setting, ranker, fresh, qid, list(found[TOP].top), found[TOP].certified)
+            near = np.argsort(-scores.mean, kind="stable")[: 4 * TOP].tolist()
+            near += [i for i in found[TOP].top if i not in near]
+            outcome = _attack_list(setting, ranker, fresh, qid, near, found[TOP])
             counts = {key: value + outcome.get(key, 0) for key, value in counts.items()}
     ndcg = float(np.mean(list(per_query(smooth_run, _judged(setting), ["nDCG@10"])["nDCG@10"].values())))
     n, attacks = len(setting.test), max(counts["attacks"], 1)
@@ -297,16 +293,16 @@ def _smoothed(setting: _Setting, ranker: BagRanker, *, attack: bool) -> _Smoothe
         counts["broken"],
         counts["certified"],
         counts["moved"],
-        nested,
     )
 
 
 def _attack_list(
-    setting: _Setting, ranker: BagRanker, fresh: SmoothedRanker, qid: str, top: list[int], certified: bool
+    setting: _Setting, ranker: BagRanker, fresh: SmoothedRanker, qid: str, near: list[int], promise: TopKCertificate
 ) -> dict[str, int]:
-    """Attack the documents below the top, each alone, and rank with fresh noise."""
+    """Attack the documents below the top, each alone, and rank with fresh noise those that stand near it."""
     data, names = setting.data, list(setting.first_stage[qid])
-    query, texts = data.queries[qid], [data.docs[d] for d in names]
+    query, texts = data.queries[qid], [data.docs[names[i]] for i in near]
+    top, certified = [near.index(i) for i in promise.top], promise.certified
     scores = fresh(query, texts)
     order = np.argsort(-scores.mean, kind="stable").tolist()
     inside = order[:TOP]
@@ -414,7 +410,6 @@ def run(seed: int, scale: Scale) -> Figures:
             "no certified top ten is entered", ours.broken == 0, f"{ours.broken} documents entered a certified top 10"
         ),
         Gate("the attack leaves the noise as it is", ours.moved == 0, f"{ours.moved} documents had other sets"),
-        Gate("per_document certifies what the paper's rule does", ours.nested and of_clean.nested),
         Gate("the attack works", plain_entry > 0.1, f"{plain_entry:.0%} enter the plain ranker's top ten"),
         Gate("something is certified", ours.certified > 0, f"{ours.certified} certificates"),
         Gate("scores by number are scores by text", gap < 1e-4, f"largest difference {gap:.1e}"),
