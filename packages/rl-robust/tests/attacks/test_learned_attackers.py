@@ -266,3 +266,10 @@ def test_a_smoothed_victim_is_attacked_under_its_noise() -> None:
     noise = seen[1] - seen[0]
     assert float(noise.std()) == pytest.approx(0.5, rel=0.1)
     assert abs(float(torch.corrcoef(noise.flatten(1))[0, 1])) < 0.2, "fresh in every step"
+
+
+def test_a_short_training_is_as_short_as_asked() -> None:
+    told: list[tuple[int, int]] = []
+    policy = NetworkPolicy(nn.Linear(4, 2), spaces.Discrete(2))
+    train_adversary(Task("CartPole-v1"), policy, ball(0.1), n_steps=200, on_step=lambda *at: told.append(at))
+    assert told == [(200, 200)]

@@ -333,7 +333,8 @@ def train_adversary(
     check_count("n_envs", n_envs)
     seed = resolve_seed(generator)
     rollout = max(2, min(int(SETTINGS["n_steps"]), n_steps // n_envs))  # no longer than the whole training
-    fitting = {**SETTINGS, "n_steps": rollout, "batch_size": min(int(SETTINGS["batch_size"]), rollout * n_envs)}
+    batch = next(b for b in range(int(SETTINGS["batch_size"]), 0, -1) if rollout * n_envs % b == 0)
+    fitting = {**SETTINGS, "n_steps": rollout, "batch_size": batch}
     chosen = {**fitting, **dict(settings or {})}
     with reseeded(derive(seed, "adversary")):
         makers: Sequence[Callable[[], gym.Env]] = [task.make] * n_envs
