@@ -333,9 +333,10 @@ def train_adversary(
     check_count("n_envs", n_envs)
     seed = resolve_seed(generator)
     rollout = max(2, min(int(SETTINGS["n_steps"]), n_steps // n_envs))  # no longer than the whole training
-    batch = next(b for b in range(int(SETTINGS["batch_size"]), 0, -1) if rollout * n_envs % b == 0)
-    fitting = {**SETTINGS, "n_steps": rollout, "batch_size": batch}
-    chosen = {**fitting, **dict(settings or {})}
+    chosen = {**SETTINGS, "n_steps": rollout, **dict(settings or {})}
+    if "batch_size" not in (settings or {}):
+        collected = chosen["n_steps"] * n_envs
+        chosen["batch_size"] = next(b for b in range(chosen["batch_size"], 0, -1) if collected % b == 0)
     with reseeded(derive(seed, "adversary")):
         makers: Sequence[Callable[[], gym.Env]] = [task.make] * n_envs
         env = AdversaryVecEnv(
