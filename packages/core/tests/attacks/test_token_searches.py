@@ -128,9 +128,13 @@ def _allowed(space, row, ids):
 @settings(deadline=None, derandomize=True, max_examples=5)
 @given(seed=st.integers(0, 10**6), budget=st.integers(0, 4), kind=st.sampled_from(["synonyms", "vocabulary"]))
 def test_no_text_outside_the_space_is_asked_about_or_returned(search, seed, budget, kind):
-    problem, loss, _ = _problem(_space(kind, budget, seed))
+    space = _space(kind, budget, seed)
+    budgets = torch.randint(0, int(space.allowance.max()) + 1, (B,), generator=torch.Generator().manual_seed(seed))
+    slots = space.slots.clone()
+    slots[4] = -1  # nothing may change there
+    space = TokenSpace(space.ids, slots, space.table, budgets)
+    problem, loss, _ = _problem(space)
     result = search.run(problem, generator=seed)
-    space = problem.space
     asked = {(int(t), tuple(ids)) for x, text in loss.calls for t, ids in zip(text, x.tolist(), strict=True)}
     if getattr(search, "order", "") == "deletion":  # whose probes lie outside, and are not kept
         asked = {(t, ids) for t, ids in asked if 0 not in ids}
@@ -247,7 +251,7 @@ def test_losses_that_are_no_numbers_never_win(search):
     problem, loss, _ = _problem()
     function = loss.function
     loss.function = lambda ids, text: torch.where(ids.sum(1) % 3 == 0, torch.nan, function(ids, text))
-    result = search.run(replace(problem, embedded=lambda x, text: problem.models[0](x, text)))
+    result = search.run(replace(problem, embedded=lambda x, text: problem.modules[0](x, text)))
     finite = result.loss.isfinite()
     assert finite[(problem.space.ids.sum(1) % 3 != 0)].all()
 
@@ -467,6 +471,7 @@ def test_too_many_texts_are_refused_before_any_query():
         (lambda s: TokenProblem(s, embedded=Scorer(), embedding=E.long()), ValueError, "floating point"),
         (lambda s: TokenProblem(s, _additive(0), goal=torch.zeros(2)), ValueError, "goal"),
         (lambda s: TokenProblem(s, _additive(0), n_draws=2), ValueError, "stochastic"),
+        (lambda s: TokenProblem(s, _additive(0), models=[E]), TypeError, "models"),
         (lambda s: Greedy().run(s), TypeError, "TokenProblem"),
         (lambda s: Greedy().run(TokenProblem(s, _additive(0)), index=torch.zeros(2)), ValueError, "index"),
         (lambda s: Greedy().run(TokenProblem(s, lambda i, t: i)), ValueError, "loss returned"),

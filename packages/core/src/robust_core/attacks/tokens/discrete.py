@@ -167,8 +167,8 @@ def importance(run: SearchRun, order: Order, *, blank: int | None = None, among:
         row, slot = (usable & run_mask(run, active)[:, None]).nonzero(as_tuple=True)
         ids = space.ids[row].clone()
         ids[torch.arange(len(row), device=run.device), space.where[row, slot]] = 0 if blank is None else blank
-        losses = run.probe(row, ids) - run.best_loss[row]
-        value = value.index_put((row, slot), losses.nan_to_num(posinf=-torch.inf).abs())
+        change = (run.probe(row, ids) - run.best_loss[row]).abs()
+        value = value.index_put((row, slot), torch.where(change < torch.inf, change, 0.0))  # infinite: not asked
     return value.masked_fill(~usable, -torch.inf)
 
 

@@ -104,11 +104,11 @@ def held(problem: TokenProblem, index: Tensor | None, generator: Seed) -> Iterat
     """Hold the models still and lend them random streams; give the names of the streams and the seed."""
     ids = problem.space.ids
     index = torch.arange(len(ids), device=ids.device) if index is None else index
-    if index.dtype != torch.int64 or index.shape != (len(ids),):
-        raise ValueError(f"index is {index.dtype} {tuple(index.shape)}; int64 ({len(ids)},) is needed")
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.shape != (len(ids),):
+        raise ValueError(f"index must be int64 of shape ({len(ids)},): a name of the random stream of each text")
     seed = resolve_seed(generator)
     with ExitStack() as stack:
-        for model in problem.models:
+        for model in problem.modules:
             stack.enter_context(frozen(model))
         stack.enter_context(reseeded(seed, ids.device))
         yield index.to(ids.device), seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ class TokenProblem:
             the decoded text draws). With a goal too, it is asked only about texts that meet it.
         stochastic: the loss draws random numbers; only losses of one draw are compared with each other.
         n_draws: draws over which losses and gradients are averaged, with ``stochastic``.
-        models: modules behind the loss; held in eval mode with frozen parameters meanwhile, and left as found.
+        models: modules behind the loss, or one; held in eval mode with frozen parameters meanwhile, left as found.
 
     Raises:
         TypeError, ValueError: neither loss nor embedded, or arguments that do not fit together.
@@ -49,7 +50,7 @@ class TokenProblem:
     judge: Loss | None = None
     stochastic: bool = False
     n_draws: int = 1
-    models: Sequence[nn.Module] = ()
+    models: Sequence[nn.Module] | nn.Module = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.space, TokenSpace):
@@ -62,8 +63,17 @@ class TokenProblem:
             self._check_embedding(self.embedding)
         if isinstance(self.goal, Tensor) and self.goal.shape != (len(self.space),):
             raise ValueError(f"goal has shape {tuple(self.goal.shape)}; a number or ({len(self.space)},) is needed")
+        models = (self.models,) if isinstance(self.models, nn.Module) else tuple(self.models)
+        if not all(isinstance(model, nn.Module) for model in models):
+            raise TypeError("models must be modules: what holds no weights and no mode need not be named")
+        object.__setattr__(self, "models", models)
         if check_count("n_draws", self.n_draws) > 1 and not self.stochastic:
             raise ValueError(f"n_draws={self.n_draws} without stochastic=True: every draw would be the same")
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The models, as a tuple."""
+        return cast(tuple[nn.Module, ...], self.models)
 
     def _check_embedding(self, embedding: Tensor) -> None:
         if embedding.ndim != 2 or not embedding.is_floating_point():

@@ -134,6 +134,9 @@ class Simplex(Relaxed):
     The defaults are UnlearnDiffAtk's, but for its number of steps: ``Simplex(n_steps=2000, check_every=40)``. Adam
     sees little more than the signs of the gradient; ``optimiser="sgd"`` is the plain projected gradient.
 
+    The state holds three numbers for each text of a batch, slot and candidate: with a whole vocabulary, keep
+    ``batch_size`` small.
+
     Args:
         optimiser: ``"adam"`` or ``"sgd"``.
         forward: what goes through the model: ``"sample"`` (one token drawn for each slot), ``"argmax"`` (the likeliest)
