@@ -143,7 +143,8 @@ def test_rankers_are_compared_on_the_tasks(files: Path, capsys: pytest.CaptureFi
         "-k",
         "3",
     )
-    assert run("benchmark", *words, "--tasks", "variance,query,document", "--out", "b", "--json") == 0
+    synonyms = ("--attacks", "spam,greedy", "--synonyms", "json:synonyms.json")
+    assert run("benchmark", *words, *synonyms, "--tasks", "variance,query,document", "--out", "b", "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert len({name.partition("/")[0] for name in document["figures"]}) == 3
     assert (files / "b" / "report.html").is_file()

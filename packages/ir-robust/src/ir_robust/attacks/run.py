@@ -36,6 +36,7 @@ from ir_robust.rankers.base import as_ranker, candidates, scores_of
 from ir_robust.ranking_robustness.metrics import Resamples, bootstrap_interval, drop_rate
 from ir_robust.ranking_robustness.models import digest
 from ir_robust.report import RankingReport, new_document
+from ir_robust.synonyms import SynonymGraph
 from robust_core.checks import check_count
 from robust_core.evaluation.metrics.estimate import Estimate, undefined
 from robust_core.random import Seed, derive, resolve_seed, stream
@@ -182,7 +183,12 @@ def describe_attack(attack: DocumentAttack) -> dict[str, Any]:
     """Return what an attack may do, for the report."""
     budget = attack.budget
     kind = " by ".join(type(part).__name__ for part in (attack, getattr(attack, "search", None)) if part is not None)
-    return {"kind": kind, "share": budget.share, "most": budget.most, "insertions": budget.insertions}
+    found = {"kind": kind, "share": budget.share, "most": budget.most, "insertions": budget.insertions}
+    table = getattr(attack, "table", None)
+    if isinstance(table, SynonymGraph):
+        graph = table.report()
+        found["synonyms"] = {"words": graph.words, "edges": graph.edges, "largest": graph.largest}
+    return found
 
 
 def _attacked(clean: Run, rows: Sequence[Mapping[str, Any]], label: str) -> Run:

@@ -7,9 +7,28 @@ from typing import Annotated, Any
 
 import typer
 
-from ir_robust.cli.app import Corpus, Depth, Device, Empty, Fields, Json, QrelsFile, RunFile, Seed, Topics, app, command
+from ir_robust.cli.app import (
+    Corpus,
+    Depth,
+    Device,
+    Edges,
+    Empty,
+    Fields,
+    Json,
+    QrelsFile,
+    RunFile,
+    Seed,
+    Synonyms,
+    Threshold,
+    Topics,
+    app,
+    command,
+)  # fmt: skip
 from ir_robust.cli.words import ATTACKS, BM25, TASKS, check, listed
 from robust_core.cli import console
+from robust_core.words import check_word
+
+__all__ = ["benchmark"]
 
 
 @app.command()
@@ -27,6 +46,9 @@ def benchmark(
     attacks: Annotated[str, typer.Option(help=f"On documents: {', '.join(ATTACKS)}.")] = "spam",
     share: Annotated[float, typer.Option(min=0, max=1, help="Share of a document's words that may change.")] = 0.1,
     insertions: Annotated[int, typer.Option(min=0, help="Words that may be added.")] = 10,
+    synonyms: Synonyms = None,
+    edges: Edges = "mutual",
+    threshold: Threshold = 0.9,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="The top that attackers of documents want.")] = 10,
     measures: Annotated[str, typer.Option(help="The first one is compared.")] = "nDCG@10,AP@100",
     depth: Depth = 100,
@@ -38,7 +60,8 @@ def benchmark(
 ) -> None:
     """Compare rankers on worst queries, new types of queries, other corpora, attacked queries and documents."""
     files = {"--run": run, "--qrels": qrels}
-    check(corpus=corpus, topics=topics, empty=empty, files=files, folder=out, attacks=attacks)
+    check(corpus=corpus, topics=topics, empty=empty, files=files, folder=out, attacks=attacks, synonyms=synonyms)
+    check_word("--edges", edges, ("mutual", "either"))
     for words in ranker:
         check(ranker=words)
     for words in other or []:
@@ -49,7 +72,7 @@ def benchmark(
     counts = listed("--typos", typos)
     if not all(word.isdigit() and int(word) > 0 for word in counts):
         raise ValueError(f"--typos {typos!r}: whole numbers above 0 are needed")
-    from ir_robust.cli.setting import attacks_of, collection_of, ranker_of
+    from ir_robust.cli.setting import attacks_of, collection_of, graph_of, ranker_of
     from ir_robust.collection import load_collection
     from ir_robust.formats import read_run
     from ir_robust.perturb import RemoveStopWords, Shuffle, Typos
@@ -68,13 +91,15 @@ def benchmark(
 
     data = collection_of(corpus, topics, qrels, fields=fields, empty=empty)
     machine = choose_device(device)
+    graph = None if synonyms is None else graph_of(synonyms, data, edges=edges, threshold=threshold, cap=None)
+    budget: dict[str, Any] = {"share": share, "most": None, "insertions": insertions}
     makers: dict[str, Any] = {
         "variance": VarianceTask,
         "type": lambda: UnseenQueryTypeTask(length_types(data.queries)),
         "corpus": lambda: UnseenCorpusTask({words: load_collection(words) for words in other or []}),
         "query": lambda: QueryAttackTask((*(Typos(int(word)) for word in counts), RemoveStopWords(), Shuffle())),
         "document": lambda: DocumentAttackTask(
-            attacks_of(attacks, data, share=share, most=None, insertions=insertions), ranks=(k + 1, k + 20), k=k
+            attacks_of(attacks, data, graph=graph, **budget), ranks=(k + 1, k + 20), k=k
         ),
     }
     names: dict[str, Any] = {}

@@ -32,6 +32,8 @@ from robust_core.words import check_word
 if TYPE_CHECKING:
     from ir_robust.collection import Collection
 
+__all__ = ["train"]
+
 LOSSES = ("hinge", "ranknet")
 
 

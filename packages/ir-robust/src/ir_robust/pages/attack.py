@@ -51,10 +51,18 @@ def budget_text(budget: Mapping[str, Any]) -> str:
     parts = []
     if budget["share"] > 0 and budget["most"] != 0:
         most = "" if budget["most"] is None else f", at most {budget['most']}"
-        parts.append(f"change {100 * budget['share']:g} % of the words{most}")
+        parts.append(f"change {100 * budget['share']:g} % of the words{most}{_synonyms(budget)}")
     if budget["insertions"]:
         parts.append(f"add {budget['insertions']} words")
     return " and ".join(parts) or "change nothing"
+
+
+def _synonyms(budget: Mapping[str, Any]) -> str:
+    table = budget.get("synonyms")
+    if table is None:
+        return ""
+    size = f"{table['words']:,} words, {table['edges']:,} pairs, at most {table['largest']:,} hang together"
+    return f", for synonyms ({size})"
 
 
 def _threat(threat: Mapping[str, Any], details: Mapping[str, Any]) -> str:
@@ -99,13 +107,14 @@ def _success(report: RankingReport) -> list[Section]:
         plots.climb_plot(ranks, details["k"]), f"{alt}.", "success", "ranks",
         "A dot is a document; above the line it climbed, in the shaded band it entered.",
     )  # fmt: skip
+    stop = "Searches stop once a document is in: places climbed are then those that it took, not all that can be had."
     text = [
         "Every document is attacked alone against the untouched others. The strongest attack found is a lower bound of "
         "what a better attacker reaches.",
     ]
     return [
         Section("Who climbs", text, [plot]),
-        Section("All attacks", [], table=Table(header, rows, numeric=range(1, 6))),
+        Section("All attacks", [stop], table=Table(header, rows, numeric=range(1, 6))),
     ]
 
 
