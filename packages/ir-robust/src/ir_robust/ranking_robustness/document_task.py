@@ -41,6 +41,8 @@ class DocumentAttackTask:
         budget: put in place of the attacks' own, so that several are compared at one price; None leaves theirs.
         ranks: first and last place of the window from which targets are taken, from 1.
         n_targets: for each query, at most.
+        n_queries: how many queries are attacked, drawn once for all models; None takes all. For models that are slow to
+            ask; the drop is that of these queries.
         k: the top that attackers want to reach.
         checks: name -> function of (text before, text after), averaged over edited documents: whether a reader would
             notice, such as a cosine of embeddings or a change of perplexity.
@@ -50,6 +52,7 @@ class DocumentAttackTask:
     budget: WordBudget | None = None
     ranks: tuple[int, int] = (11, 30)
     n_targets: int = 2
+    n_queries: int | None = None
     k: int = 10
     checks: Mapping[str, Callable[[str, str], float]] = field(default_factory=dict, repr=False)
     name: str = "document attack"
@@ -60,6 +63,8 @@ class DocumentAttackTask:
     def __post_init__(self) -> None:
         check_count("k", self.k)
         check_count("n_targets", self.n_targets)
+        if self.n_queries is not None:
+            check_count("n_queries", self.n_queries)
         first, last = self.ranks
         if not self.k < first <= last:
             raise ValueError(f"ranks={self.ranks}: a window below the top {self.k} is needed")
@@ -76,7 +81,8 @@ class DocumentAttackTask:
     def about(self) -> dict[str, Any]:
         """Return the settings."""
         attacks = {name: repr(attack) for name, attack in self.attacks().items()}
-        return {"attacks": attacks, "ranks": list(self.ranks), "n_targets": self.n_targets, "k": self.k}
+        return {"attacks": attacks, "ranks": list(self.ranks), "n_targets": self.n_targets,
+                "n_queries": self.n_queries, "k": self.k}  # fmt: skip
 
     def measure(self, session: Session, models: Sequence[Contestant]) -> dict[str, Outcome]:
         """Attack every model."""
@@ -85,6 +91,12 @@ class DocumentAttackTask:
             for who in models:
                 drops[who.name].append(self._attacked(session, who, name, attack))
         return {name: drop_outcome(session, found) for name, found in drops.items()}
+
+    def queries(self, session: Session) -> list[str]:
+        """Return the queries that are attacked, by name."""
+        known = session.source.qids
+        order = sorted(known, key=lambda qid: derive(session.seed, "attacked", qid))
+        return sorted(order[: self.n_queries])
 
     def targets(self, session: Session, qid: str, scores: Mapping[str, float]) -> list[str]:
         """Return the documents to attack; each place of the window has a number drawn for the query, least first."""
@@ -98,12 +110,15 @@ class DocumentAttackTask:
 
     def _attacked(self, session: Session, who: Contestant, name: str, attack: DocumentAttack) -> Drop:
         clean, split, source = session.clean(who), session.split(), session.source
+        qids = self.queries(session)
+        places = [i for i, qid in enumerate(source.qids) if qid in set(qids)]
+        name_of = "source" if len(qids) == len(source.qids) else "attacked"
         away: dict[str, list[list[float]]] = {measure: [] for measure in session.measures}
         outcomes: list[dict[str, list[dict[str, Any]]]] = []
         for number in range(who.n_trainings):
             found: dict[str, Any] = {}
             for part in who.parts(split):
-                own = [qid for qid in source.qids if part is None or split.part_of[qid] == part]
+                own = [qid for qid in qids if part is None or split.part_of[qid] == part]
 
                 def work(qid: str, part: str | None = part, number: int = number) -> list[dict[str, Any]]:
                     ranker = session.ranker(who, source, split, part, number)
@@ -114,11 +129,12 @@ class DocumentAttackTask:
                 asked = {qid: session.data.queries[qid] for qid in own}
                 key = f"attack {name} {who.name} {part or ''} {number}"
                 found |= session.stored(key, [*identity, asked], own, work)
-            outcomes.append({qid: found[qid] for qid in source.qids})
+            outcomes.append({qid: found[qid] for qid in qids})
             self._put_in(session, who, name, number, clean, outcomes[-1], away)
         rows: Rows = {measure: np.array(values) for measure, values in away.items()}
-        figures, arrays = self._figures(session, outcomes)
-        return Drop(name, ("source", clean.rows), ("source", rows), figures=figures, arrays=arrays)
+        home = {measure: values[:, places] for measure, values in clean.rows.items()}
+        figures, arrays = self._figures(session, name_of, outcomes)
+        return Drop(name, (name_of, home), (name_of, rows), figures=figures, arrays=arrays)
 
     def _attack(
         self, session: Session, ranker: Any, qid: str, scores: Mapping[str, float], attack: DocumentAttack
@@ -155,7 +171,7 @@ class DocumentAttackTask:
         session.kept.append(Kept(f"attack {name}", who.name, str(number), clean.lists, scores))
 
     def _figures(
-        self, session: Session, outcomes: Sequence[Mapping[str, list[dict[str, Any]]]]
+        self, session: Session, name_of: str, outcomes: Sequence[Mapping[str, list[dict[str, Any]]]]
     ) -> tuple[dict[str, Estimate], dict[str, np.ndarray]]:
         """Return figures over targets; their intervals resample queries, since targets of one query are alike."""
         queries = [outcome[qid] for outcome in outcomes for qid in outcome]
@@ -170,7 +186,7 @@ class DocumentAttackTask:
             sizes = np.array([len(rows) for rows in queries], dtype=np.float64).reshape(shape)
             if not sizes.any():
                 return
-            top, bottom = (session.resamples.means("source", part).mean(axis=1) for part in (sums, sizes))
+            top, bottom = (session.resamples.means(name_of, part).mean(axis=1) for part in (sums, sizes))
             ratio = np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
             figures[label] = Estimate(float(sums.sum() / sizes.sum()), bootstrap_interval(ratio), len(targets))
 
