@@ -26,9 +26,9 @@ take 1 point away. A reviser whose reference does not look at the answer it is s
 p(y' > y) / beta about as the writer is; it improves on none. Where the reference edits, revisions pay at the optimum:
 both are gates here. (b) The rest leaked: the loss is blind to probability that leaves the answers of the data (lower
 r'(.|y) by c(y) for each y shown, and r(y) with it: all residuals stay). On seed 1001, 18 % of the writer's and 33 % of
-the reviser's answers were no repairs at all, more with more steps; with answers closed, the share of right digits stayed
-where it was. The loss is right: with answers closed, a GPT-2 trained on every pair reaches the exact optimum of both
-roles to 1e-4 (a test).
+the reviser's answers were no repairs at all, more with more steps; with answers closed, the share of right digits
+stayed where it was. The loss is right: with answers closed, a GPT-2 trained on every pair reaches the exact optimum of
+both roles to 1e-4 (a test).
 """
 
 from __future__ import annotations
