@@ -18,6 +18,7 @@ from robust_core.attacks.tokens import (
     SoftTokens,
     TokenProblem,
     TokenSpace,
+    insert_slots,
     one_hot_gradient,
     project_entropy,
     project_simplex,
@@ -332,6 +333,31 @@ def test_few_important_slots_are_chosen_by_the_gradient():
     problem = TokenProblem(space, embedded=lambda x, text: (x[..., 0] * weight).sum(1), embedding=table)
     for search in (NearestPGD(step_size=1.0, n_steps=3), Simplex(), Projected(metric="euclidean", n_steps=100)):
         assert search.run(problem).ids.tolist() == [[1, 2, 1, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_steps_at_the_size_of_a_text_encoder(dtype):
+    """77 places, 49 408 tokens of width 768, five free tokens in front: what attacks on diffusion models work on."""
+    table = _draw(49_408, 768, dtype=torch.float32).to(dtype)
+    ids = torch.full((1, 77), 49_407)
+    ids[0, :4] = torch.tensor([49_406, 320, 1125, 539])
+    prompt = insert_slots(ids, 5, fill=256, start=1, end=4, length=77)
+    space = TokenSpace.vocabulary(*prompt, n_tokens=len(table), banned=[49_406, 49_407])
+    target = table[[1000, 2000, 3000, 4000, 5000]]
+
+    def denoise(x, text, draw):
+        return ((x[:, 1:6] - target) ** 2).float().mean((1, 2)) * (1 + draw % 2) + 0 * text
+
+    problem = TokenProblem(space, embedded=denoise, embedding=table, stochastic=True)
+    for search in (
+        Simplex(n_steps=2, check_every=1, padding=False),
+        Projected(n_steps=2, check_every=1, padding=False),
+        GCG(n_steps=2, n_candidates=32, padding=False),
+    ):
+        result = search.run(problem)
+        assert result.n_gradients == 2
+        assert result.ids[0, [0, 6, 7, 8, 9]].tolist() == [49_406, 320, 1125, 539, 49_407]
+        assert (result.ids[0, 1:6] < 49_406).all()
 
 
 # -- vectors as the attack ---------------------------------------------------------------------------------------------
