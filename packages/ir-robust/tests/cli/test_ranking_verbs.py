@@ -8,7 +8,7 @@ import pytest
 
 from ir_robust import certdr
 from ir_robust.cli import words
-from ir_robust.formats import read_run
+from ir_robust.formats import read_run, write_run
 from ir_robust.rankers import loading
 from ir_robust.rankers.saved import WORD_MODELS
 from robust_core.attacks.tokens import SEARCHES
@@ -155,8 +155,24 @@ def test_rankers_are_compared_on_the_tasks(files: Path, capsys: pytest.CaptureFi
 
 def test_named_collections_bring_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("evaluate", "--corpus", "lee", "--json") == 0
-    figure = json.loads(capsys.readouterr().out)["figures"]["bm25/nDCG@10"]
+    document = json.loads(capsys.readouterr().out)
+    figure = document["figures"]["bm25/nDCG@10"]
     assert (round(figure["value"], 3), figure["n"]) == (0.589, 50)
+
+
+def test_both_sides_of_a_comparison_hold_the_same_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("retrieve", "--corpus", "lee", "--out", "bm25.trec") == 0
+    first = read_run("bm25.trec")
+    write_run("own.trec", {qid: {qid: 1e6, **scores} for qid, scores in first.items()})  # each text finds itself first
+    words = ("evaluate", "--corpus", "lee", "--run", "own.trec", "--ranker", "bm25", "--depth", "20", "--json")
+    capsys.readouterr()
+    assert run(*words, "--measures", "AP@100,nDCG@10") == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert abs(figures["reranked/AP@100_gain"]["value"]) < 1e-9
+    assert round(figures["own/nDCG@10"]["value"], 3) == 0.589
 
 
 BROKEN = {

@@ -176,7 +176,7 @@ def evaluate(
         raise ValueError("--ranker needs --corpus, the texts that it reads")
     if corpus is None and (qrels is None or not run):
         raise ValueError("--run and --qrels are needed, or a --corpus that brings its judgements")
-    from ir_robust.cli.setting import collection_of, ranker_of, reranked, run_of, runs_of
+    from ir_robust.cli.setting import collection_of, ranker_of, reranked, run_of, runs_of, same_documents
     from ir_robust.evaluation import evaluate_runs
     from ir_robust.formats import read_qrels
     from ir_robust.ranking_robustness.models import digest
@@ -192,6 +192,8 @@ def evaluate(
             judged = data.qrels
             about |= {"data": data.name, "data_sha256": data.sha256 or None}
             runs = runs or {"bm25": run_of(None, data, depth, report)}
+            # both lists hold the same documents, else the depth and not the ranker would make the difference
+            runs = {name: same_documents(r, data, None if ranker is None else depth) for name, r in runs.items()}
             if ranker is not None:
                 chosen = choose_device(device)
                 judge = ranker_of(ranker, data, chosen)

@@ -24,7 +24,7 @@ from ir_robust.synonyms import SynonymGraph
 from ir_robust.text import Words
 from robust_core.attacks.tokens import SEARCHES
 
-__all__ = ["attacks_of", "collection_of", "graph_of", "ranker_of", "reranked", "run_of", "runs_of"]
+__all__ = ["attacks_of", "collection_of", "graph_of", "ranker_of", "reranked", "run_of", "runs_of", "same_documents"]
 
 FREQUENT = 100
 """Words of the collection that a trigger may be made of, beside the query's."""
@@ -63,6 +63,11 @@ def runs_of(files: Sequence[Path]) -> dict[str, Run]:
             raise ValueError(f"--run {file}: another run is called {name!r}; rename one of the files")
         found[name] = read_run(file)
     return found
+
+
+def same_documents(run: Run, data: Collection, depth: int | None) -> Run:
+    """Return a run without what is hidden from its queries, cut to a depth: what a re-ranker of it is shown."""
+    return {qid: {docno: run[qid][docno] for docno in docnos} for qid, docnos in candidates(run, data, depth).items()}
 
 
 def ranker_of(words: str, data: Collection, device: torch.device) -> Any:
