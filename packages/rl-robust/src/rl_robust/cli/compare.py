@@ -61,10 +61,10 @@ def compare(
     ] = None,
     attacks: Annotated[
         str, typer.Option(help=f"Of a step, comma-separated: {', '.join(ATTACKS[:-2])}.")
-    ] = "random,mad,sarsa,sarsa+mad,sa-rl,pa-ad",
+    ] = "random,mad,sarsa,sa-rl,pa-ad",
     episodes: Annotated[int, typer.Option("--episodes", "-n", min=1, help="Episodes for each attack.")] = 100,
     attack_steps: Annotated[int, typer.Option(min=1, help="Environment steps of each trained attacker.")] = 10_000,
-    sarsa_steps: Annotated[int, typer.Option(min=1, help="Steps for which robust Sarsa watches.")] = 10_000,
+    sarsa_steps: Annotated[int, typer.Option(min=1, help="Steps for which robust Sarsa watches.")] = 6_000,
     budget: Annotated[
         float | None, typer.Option(min=0, help="L2 budget of an episode, for the certificate; the noise by default.")
     ] = None,
