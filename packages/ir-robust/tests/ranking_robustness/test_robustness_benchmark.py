@@ -276,6 +276,19 @@ def test_one_budget_for_all_attacks_and_checks_of_readers():
         DocumentAttackTask(TermSpamming(), ranks=(10, 30))
 
 
+def test_a_drawn_share_of_queries_is_attacked_and_measured():
+    """What is drawn is the same for every model, and the drop is that of these queries."""
+    task = DocumentAttackTask(TermSpamming(), ranks=(4, 8), k=3, n_queries=7)
+    result = RobustnessBenchmark([task], ["nDCG@3"], depth=10, n_boot=5).run({"o": overlap, "c": chance}, DATA)
+    home, away = (result.arrays[f"document attack/o/{what}/nDCG@3"] for what in ("home", "TermSpamming"))
+    assert home.shape == away.shape == (1, 7)
+    drop = result["document attack/o/TermSpamming/nDCG@3/drop"].value
+    assert drop == pytest.approx(away.mean() / home.mean() - 1)
+    asked = {k.model: set(k.scores) for k in result.kept if k.condition.startswith("attack")}
+    assert asked["o"] == asked["c"]
+    assert len(asked["o"]) == 7
+
+
 def test_equal_scores_go_by_falling_number():
     """As in trec_eval; any other order would measure the order of a file."""
     result = RobustnessBenchmark([VarianceTask()], ["nDCG@3"], depth=None, n_boot=5).run(
