@@ -125,6 +125,11 @@ def test_every_way_certifies_a_wide_gap(rule: str, how: dict) -> None:
         certify_list(SmoothedRanker(Scorer(), TABLE, squash=None), best, ["as"], 1, selection="none")
 
 
+def test_an_empty_list_is_refused() -> None:
+    with pytest.raises(ValueError, match="docs: an empty list"):
+        certify_list(SmoothedRanker(Scorer(), TABLE, squash=None), "q0", [], 1)
+
+
 def test_exact_scores_go_through_every_variant() -> None:
     found, scores = certify_list(
         SmoothedRanker(Scorer(), TABLE, 10, squash=None), "q1", ["as bs", "cs ds", "es"], [1, 3], bound="exact"

@@ -161,6 +161,22 @@ def test_scores_must_lie_in_the_unit_interval_or_be_squashed() -> None:
         SmoothedRanker(raw, TABLE, 0)
 
 
+def test_rankers_that_are_no_fixed_function_are_refused() -> None:
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1))
+
+        def score(self, query: str, docs: Sequence[str]) -> Tensor:
+            return torch.zeros(len(docs))
+
+    with pytest.raises(ValueError, match=r"'layer\.1' draws at random"):
+        SmoothedRanker(Network(), TABLE)
+    with pytest.raises(TypeError, match="half precision"):
+        SmoothedRanker(Network().eval().half(), TABLE)
+    assert SmoothedRanker(Network().eval(), TABLE)("q", ["wing"]).mean[0] == 0.5
+
+
 def test_noise_augmentation_draws_every_word_from_its_set() -> None:
     augment = NoiseAugment(TABLE, generator=3)
     docs = {"1": DOC, "2": DOC, "3": ""}

@@ -73,9 +73,14 @@ def certify_list(
         early: decide early. Without it every document gets all samples.
         patience: standard errors by which a K must be hopeless to be given up.
         names: document numbers, for the order of equals.
+
+    Raises:
+        ValueError: an empty list, or an argument that is no choice; scores outside [0, 1].
     """
     wanted = [ks] if isinstance(ks, int) else list(ks)
     check_number("patience", patience, low=0.0)
+    if not len(docs):
+        raise ValueError("docs: an empty list has no first K; at least one document is needed")
     samplers = [smoothed.sampler(query, doc) for doc in docs]
     devs = np.array([smoothed.table.deviation(sampler.words.words, budget) for sampler in samplers])
     settings = {"alpha": alpha, "bound": bound, "rule": rule, "names": names}

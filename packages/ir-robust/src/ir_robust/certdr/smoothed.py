@@ -186,6 +186,10 @@ class SmoothedRanker:
         batch_size: noisy documents in one call of the ranker, at most 8,192; None takes 1,024 for rankers by word
             numbers and 64 for others.
         generator: seed. Draw it anew, and keep it, where the ranker is deployed.
+
+    Raises:
+        TypeError: the ranker computes in half precision, whose scores change with the batch.
+        ValueError: the ranker is in training mode, where dropout makes its score no function of its input.
     """
 
     def __init__(
@@ -199,6 +203,7 @@ class SmoothedRanker:
         generator: Seed = None,
     ) -> None:
         self.ranker: Ranker = as_ranker(ranker)
+        _check_certifiable(ranker)
         self.table, self.squash = table, squash
         self.n_samples = check_count("n_samples", n_samples)
         self.by_number = isinstance(self.ranker, WordRanker)
@@ -368,6 +373,20 @@ class Sampler:
                 pieces[2 * position + 1] = support[choice]
             found.append("".join(pieces))
         return found
+
+
+def _check_certifiable(ranker: Any) -> None:
+    if not isinstance(ranker, nn.Module):
+        return
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in ranker.parameters()):
+        raise TypeError("ranker: half precision is refused for certificates; use ranker.float()")
+    noisy = next((name for name, module in ranker.named_modules() if module.training and _draws(module)), None)
+    if noisy is not None:
+        raise ValueError(f"ranker: {noisy!r} draws at random in training mode; call ranker.eval() first")
+
+
+def _draws(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
 
 
 def _device(ranker: Any) -> torch.device:
