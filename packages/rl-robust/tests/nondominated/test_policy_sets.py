@@ -157,9 +157,18 @@ def test_discovery_runs_stops_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert torch.equal(went_on.policies[1].act(obs)[0], found.policies[1].act(obs)[0])
     assert torch.equal(PolicySet.load(tmp_path, task, lambda: blank_policy(task)).policies[0].act(obs)[0],
                        first.act(obs)[0])  # fmt: skip
-    stopped = discover_policies(task, first, n_policies=3, delta=1e9, attacker="sa-rl", **asked)
+    seen.clear()
+    stopped, again = (
+        discover_policies(
+            task, first, n_policies=3, delta=1e9, attacker="sa-rl", checkpoint=tmp_path / "stopped",
+            on_step=lambda name, *_: seen.append(name), **asked,
+        )
+        for _ in range(2)
+    )  # fmt: skip
     assert stopped.stopped
-    assert len(stopped.policies) == 1
+    assert again.stopped
+    assert len(stopped.policies) == len(again.policies) == 1
+    assert seen == ["discovered 1"] * 2, "what found nothing is not tried again"
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

@@ -35,6 +35,7 @@ from rl_robust.observation import ObservationAttack, StepBudget
 from rl_robust.rollout import collect
 from rl_robust.task import Task
 from robust_core.checks import check_count, check_number
+from robust_core.io import read_json
 from robust_core.random import Seed, derive, reseeded, resolve_seed
 
 __all__ = ["Discovery", "discover_policies"]
@@ -157,6 +158,9 @@ def discover_policies(
     policies = PolicySet([initial], task, names=["initial"])
     if folder is not None and (folder / ABOUT).is_file():
         policies = PolicySet.load(folder, task, lambda: blank_policy(task, victim, device=device))
+        about = read_json(folder / ABOUT)["about"]
+        if about.get("stopped") and about["seed"] == str(seed) and about["value"] <= delta:
+            return Discovery(policies, stopped=True)
     attackers: dict[str, ObservationAttack] = {}
     values: list[float] = []
     while len(policies) < n_policies:
@@ -177,9 +181,11 @@ def discover_policies(
                 game.close()
         attackers[f"against {name}"] = game.attack
         _log.info("%s: gains %.3f over the set under its attacker", name, values[-1])
-        if values[-1] <= delta:
-            return Discovery(policies, attackers, tuple(values), True)
-        policies = PolicySet([*policies.policies, game.policy], task, names=[*policies.names, name])
+        stopped = values[-1] <= delta
+        if not stopped:
+            policies = PolicySet([*policies.policies, game.policy], task, names=[*policies.names, name])
         if folder is not None:
-            policies.save(folder, about={"eps": budget.eps, "seed": str(seed), "value": values[-1]})
+            policies.save(folder, about={"eps": budget.eps, "seed": str(seed), "value": values[-1], "stopped": stopped})
+        if stopped:
+            return Discovery(policies, attackers, tuple(values), True)
     return Discovery(policies, attackers, tuple(values))
