@@ -51,7 +51,8 @@ def _card(report: RobustnessReport, task: Mapping[str, Any]) -> Card:
     figure = report.headline(task["name"], best)
     value = _percents(figure) if task["higher_is_better"] else f"{figure.value:.2f}"
     mark = "clearly" if task["clear"] else "not clearly"
-    return Card(f"{task['title']}: {best}", value, f"{mark} best · {interval_text(figure)}".rstrip(" ·"))
+    spread = interval_text(figure, share=task["higher_is_better"])
+    return Card(f"{task['title']}: {best}", value, f"{mark} best · {spread}".rstrip(" ·"))
 
 
 def _taxonomy(report: RobustnessReport) -> Section:
