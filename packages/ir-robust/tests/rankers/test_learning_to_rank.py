@@ -106,7 +106,7 @@ def test_lambdamart_learns_and_repeats_itself() -> None:
 
 
 def test_another_corpus_takes_its_own_statistics() -> None:
-    ranker = RankSVM(INDEX).fit(Collection(DOCS, {"q": "wing"}), Pairs((("q", "a", "b"),)))
+    ranker = RankSVM(INDEX, C=1.0).fit(Collection(DOCS, {"q": "wing"}), Pairs((("q", "a", "b"),)))
     other = ranker.on(BM25Index(DATA.docs))
     assert not np.array_equal(other.features("wing", ["wing flow"]), ranker.features("wing", ["wing flow"]))
     assert isinstance(other, RankSVM)

@@ -12,7 +12,7 @@ import torch
 
 from ir_robust.collection import Collection
 from ir_robust.formats import Run, ordered
-from ir_robust.rankers import BagRanker, random_vectors, vocabulary_of
+from ir_robust.rankers import DRMM, KNRM, BagRanker, random_vectors, training, vocabulary_of
 from ir_robust.rankers.saved import load_saved, save_ranker
 from ir_robust.rankers.training import Pairs, Pairwise, fit_ranker, hinge, ranknet, training_pairs
 from robust_core.errors import DataMissingError, UntrustedFileError
@@ -72,6 +72,32 @@ def test_pairs_put_a_higher_grade_above_one_of_the_chosen_ranks() -> None:
         list(training_pairs(DATA, RUN, queries=["q-sea-2"], ranks=(3, 12), n_negatives=4, generator=5).triples) == one
     )
     assert training_pairs(DATA, RUN, ranks=(3, 12), n_negatives=4, generator=6) != pairs
+
+
+def test_relevant_documents_that_the_list_lacks_are_left_out_unless_asked_for() -> None:
+    run = {"q-air-0": {"air1": 3.0, "sea1": 2.0, "sky1": 1.0}}
+    found = training_pairs(DATA, run, queries=["q-air-0"], ranks=(1, 3))
+    assert {up for _, up, _ in found.triples} == {"air1"}
+    found = training_pairs(DATA, run, queries=["q-air-0"], ranks=(1, 3), listed=False)
+    assert {up for _, up, _ in found.triples} == {"air0", "air1"}
+
+
+@pytest.mark.parametrize("kind", [KNRM, DRMM])
+def test_training_on_kept_features_is_training_on_words(
+    kind: type[KNRM | DRMM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = random_vectors(vocabulary_of(DATA.docs.values()), 16, generator=2)
+    pairs, models = training_pairs(DATA, RUN, ranks=(1, 18)), []
+    for most in (10**6, 0):
+        monkeypatch.setattr(training, "MOST_KEPT", most)
+        models.append(kind(vectors, generator=1))
+        before = [p.clone() for p in models[-1].parameters()]
+        fit_ranker(models[-1], DATA, pairs, epochs=2, lr=0.01, augment=Noise(), fresh=True)
+        assert any(not torch.equal(a, b) for a, b in zip(before, models[-1].parameters(), strict=True))
+    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="or features"):
+        models[0]()
 
 
 def test_no_pairs_and_bad_numbers() -> None:

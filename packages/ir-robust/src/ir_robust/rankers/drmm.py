@@ -80,21 +80,38 @@ class DRMM(WordModel):
         first = self.network[0]
         return {"hidden": first.out_features}
 
+    def forward(
+        self, query: Tensor | None = None, words: Tensor | None = None, features: Tensor | None = None
+    ) -> Tensor:
+        """Return (B,) scores in [-1, 1] of words, or of (B, Q, 32) features in their place."""
+        if features is not None:
+            return self.read(features)
+        if query is None or words is None:
+            raise ValueError("query and words, or features, are needed")
+        return super().forward(query, words)
+
     def relate(self, query: Tensor, words: Tensor, query_vectors: Tensor, word_vectors: Tensor) -> Tensor:
         """Return (B,) scores in [-1, 1]."""
         cosines = unit(query_vectors) @ unit(word_vectors).transpose(1, 2)
-        return self.read(self._counts(bins_of(cosines, query[:, :, None] == words[:, None, :]), words), query)
+        bins = bins_of(cosines, query[:, :, None] == words[:, None, :])
+        return self.read(self._with_gates(self._counts(bins, words), query))
 
     def _counts(self, bins: Tensor, words: Tensor) -> Tensor:
         """(B, Q, 30) counts of (B, Q, M) bins over the known ones among (B, M) words."""
         there = (words > Vocabulary.UNKNOWN)[:, None].expand_as(bins).to(self.gate.dtype)
         return there.new_zeros(*bins.shape[:2], N_BINS).scatter_add_(2, bins, there)
 
-    def read(self, counts: Tensor, query: Tensor) -> Tensor:
-        """Return (B,) scores of (B, Q, 30) histograms for (B, Q) query words; 0 where none is known."""
+    def _with_gates(self, counts: Tensor, query: Tensor) -> Tensor:
+        """(B, Q, 32): counts, rarity, and whether the query word is known."""
+        known = (query > Vocabulary.UNKNOWN).to(counts.dtype)
+        rest = torch.stack([self.idf[query].to(counts.dtype), known], 2)
+        return torch.cat([counts, rest.expand(len(counts), -1, -1)], 2)
+
+    def read(self, features: Tensor) -> Tensor:
+        """Return (B,) scores of (B, Q, 32) histograms with rarities; 0 where no query word is known."""
+        counts, idf, known = features[..., :N_BINS], features[..., N_BINS], features[..., N_BINS + 1] > 0
         found = self.network(counts.log1p())[..., 0]
-        known = query > Vocabulary.UNKNOWN
-        logits = (self.gate * self.idf[query]).masked_fill(~known, -torch.inf)
+        logits = (self.gate * idf).masked_fill(~known, -torch.inf)
         logits = logits.masked_fill(~known.any(1, keepdim=True), 0.0)  # softmax of nothing would be NaN
         return (torch.softmax(logits, 1) * found * known).sum(1)
 
@@ -104,12 +121,16 @@ class DRMM(WordModel):
         numbers = torch.arange(len(directions), device=asked.device)
         return bins_of(directions @ directions[asked].T, numbers[:, None] == asked)
 
-    def score_words(self, query: str, words: Tensor) -> Tensor:
-        """Return (B,) scores of (B, M) documents."""
+    def features(self, query: str, words: Tensor) -> Tensor:
+        """Return (B, Q, 32) features of (B, M) documents: all that training needs of them."""
         asked, bins = self.numbers([query]), self.kept(query, self._bins)
         words = words.to(asked.device)
         found = [
-            self.read(self._counts(bins[part].transpose(1, 2), part), asked.expand(len(part), -1))
+            self._counts(bins[part].transpose(1, 2), part)
             for part in words.split(max(1, ROOM // max(1, words.shape[1] * asked.shape[1])))
         ]
-        return torch.cat(found)
+        return self._with_gates(torch.cat(found), asked)
+
+    def score_words(self, query: str, words: Tensor) -> Tensor:
+        """Return (B,) scores of (B, M) documents."""
+        return self.read(self.features(query, words))

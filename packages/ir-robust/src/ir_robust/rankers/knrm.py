@@ -73,15 +73,25 @@ class KNRM(EmbeddedWordModel):
         self.weight = nn.Parameter(torch.empty(len(CENTRES)).uniform_(-bound, bound, generator=draw))
         self.bias = nn.Parameter(torch.zeros(()))
 
+    def forward(
+        self, query: Tensor | None = None, words: Tensor | None = None, features: Tensor | None = None
+    ) -> Tensor:
+        """Return (B,) scores in [-1, 1] of words, or of (B, 11) features in their place."""
+        if features is not None:
+            return self.read(features)
+        if query is None or words is None:
+            raise ValueError("query and words, or features, are needed")
+        return super().forward(query, words)
+
+    def read(self, features: Tensor) -> Tensor:
+        """Return (B,) scores of (B, 11) features."""
+        return torch.tanh(features.to(self.weight.dtype) @ self.weight + self.bias)
+
     def relate(self, query: Tensor, words: Tensor, query_vectors: Tensor, word_vectors: Tensor) -> Tensor:
         """Return (B,) scores in [-1, 1]."""
         cosines = unit(query_vectors) @ unit(word_vectors).transpose(1, 2)
         there = (words > Vocabulary.UNKNOWN)[:, None, :, None]
-        return self._score((kernels(cosines) * there).sum(2), query)
-
-    def _score(self, soft_counts: Tensor, query: Tensor) -> Tensor:
-        features = pooled(soft_counts, query > Vocabulary.UNKNOWN).to(self.weight.dtype)
-        return torch.tanh(features @ self.weight + self.bias)
+        return self.read(pooled((kernels(cosines) * there).sum(2), query > Vocabulary.UNKNOWN))
 
     def _table(self, asked: Tensor) -> Tensor:
         """(V, Q * 11): what each word of the vocabulary adds to the soft counts of (Q,) query words."""
@@ -90,8 +100,8 @@ class KNRM(EmbeddedWordModel):
         there = torch.arange(len(values), device=values.device) > Vocabulary.UNKNOWN
         return values * there[:, None]
 
-    def score_words(self, query: str, words: Tensor) -> Tensor:
-        """Return (B,) scores of (B, M) documents."""
+    def features(self, query: str, words: Tensor) -> Tensor:
+        """Return (B, 11) features of (B, M) documents: all that training needs of them while the vectors stay."""
         asked = self.numbers([query])
         words, width = words.to(asked.device), max(1, ROOM // (len(self.vocabulary) * len(CENTRES)))
         if asked.shape[1] <= width:
@@ -99,5 +109,8 @@ class KNRM(EmbeddedWordModel):
         else:
             tables = (self._table(part) for part in asked[0].split(width))
         counts = [F.embedding_bag(words, t, mode="sum", padding_idx=Vocabulary.PAD) for t in tables]
-        soft_counts = torch.cat(counts, 1).unflatten(1, (-1, len(CENTRES)))
-        return self._score(soft_counts, asked.expand(len(words), -1))
+        return pooled(torch.cat(counts, 1).unflatten(1, (-1, len(CENTRES))), asked > Vocabulary.UNKNOWN)
+
+    def score_words(self, query: str, words: Tensor) -> Tensor:
+        """Return (B,) scores of (B, M) documents."""
+        return self.read(self.features(query, words))

@@ -134,11 +134,11 @@ class RankSVM(FeatureRanker):
 
     Args:
         index: statistics of a corpus.
-        C: weight of the hinge losses against the squared norm.
+        C: weight of each pair's hinge loss against the squared norm; beyond 0.1, thousands of pairs take long.
         embed: as of :func:`features_of`.
     """
 
-    def __init__(self, index: BM25Index, *, C: float = 1.0, embed: Embed | None = None) -> None:
+    def __init__(self, index: BM25Index, *, C: float = 0.01, embed: Embed | None = None) -> None:
         super().__init__(index, embed=embed)
         self.C = check_number("C", C, low=0.0, open_low=True)
         self.scale = np.ones(0)

@@ -28,9 +28,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from ir_robust.collection import Collection
 from ir_robust.formats import Run, ordered
+from ir_robust.rankers.word_model import padded
 from robust_core.checks import check_choice, check_count, check_number
 from robust_core.random import SampleStreams, Seed, derive, resolve_seed
 from robust_core.training import Loss, TrainState, fit
@@ -85,15 +87,20 @@ def training_pairs(
     queries: Iterable[str] | None = None,
     ranks: tuple[int, int] = (10, 100),
     n_negatives: int = 10,
+    listed: bool = True,
     generator: Seed = None,
 ) -> Pairs:
     """Return pairs of a judged document and one from the list with a lower grade (0 where nobody judged it).
+
+    Relevant documents that the first stage missed are left out: beside negatives that it found, they would teach a
+    re-ranker that matching words speak against a document.
 
     Args:
         data: the collection.
         run: a first stage, whose lists give the negatives.
         queries: to train on; all judged ones if None.
         ranks: first and last rank, from 1, at which negatives stand.
+        listed: take only positives that stand in the list.
         n_negatives: drawn without replacement for each positive, or all there are if fewer.
         generator: seed; what is drawn for a positive depends on the seed and on its numbers alone.
 
@@ -112,7 +119,7 @@ def training_pairs(
         pool = [docno for docno in ordered(run[qid])[first - 1 : last] if docno in data.docs]
         for docno, grade in grades.items():
             lower = [other for other in pool if grades.get(other, 0) < grade]
-            if grade <= 0 or docno not in data.docs or not lower:
+            if grade <= 0 or docno not in data.docs or not lower or (listed and docno not in run[qid]):
                 continue
             streams = SampleStreams(derive(seed, qid, docno), torch.zeros(1, dtype=torch.int64), "negatives")
             best = streams.uniform((len(lower),))[0].argsort()[:n_negatives]
@@ -126,6 +133,15 @@ Augment = Callable[..., Mapping[str, str]]
 """``augment(docs, copy=n) -> docs``: number -> text, a pure function of both."""
 
 
+MOST_KEPT = 200_000
+"""Pairs beyond which nothing of them is kept from step to step."""
+
+
+def _stay(ranker: Any) -> bool:
+    """Whether what a ranker reads of a pair does not change in training."""
+    return callable(getattr(ranker, "features", None)) and not ranker.vectors.requires_grad
+
+
 class Pairwise(nn.Module):
     """The loss of pairs; a batch's ``x`` is (B, 3): numbers of query, better and worse document.
 
@@ -137,10 +153,14 @@ class Pairwise(nn.Module):
         margin: of the hinge.
         augment: other texts for the documents, or None.
         fresh: whether it is asked anew for each epoch.
+        partners: query -> its documents, both by place. If given, what a ranker reads of a pair is worked out once
+            where it stays (K-NRM and DRMM on frozen vectors), which takes memory for every pair.
 
     Raises:
         ValueError: ``augment`` lost documents.
     """
+
+    _features: dict[tuple[int, int], Tensor]
 
     def __init__(
         self,
@@ -152,20 +172,36 @@ class Pairwise(nn.Module):
         margin: float = 1.0,
         augment: Augment | None = None,
         fresh: bool = False,
+        partners: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         self.loss, self.margin = check_choice("loss", loss, LOSSES), check_number("margin", margin, low=0.0)
         self.augment, self.fresh = augment, fresh
         self._ranker = [ranker]  # in a list: its parameters are the model's, not the objective's
+        self._asked, self._features = list(queries), {}
+        self._partners = partners if _stay(ranker) else None
         self._texts = dict(docs)
         self._queries = [ranker.prepare(text) for text in queries]
         self._docs = self._prepared(0)
 
     def _prepared(self, copy: int) -> list[Any]:
+        self._features.clear()
         texts = self._texts if self.augment is None else self.augment(self._texts, copy=copy)
         if set(texts) != set(self._texts):
             raise ValueError(f"augment: {len(set(self._texts) - set(texts))} of {len(self._texts)} documents are gone")
         return [self._ranker[0].prepare(texts[docno]) for docno in self._texts]
+
+    def _inputs(self, queries: list[int], docs: list[int]) -> Mapping[str, Tensor]:
+        ranker = self._ranker[0]
+        if self._partners is None:
+            return ranker.inputs([self._queries[i] for i in queries], [self._docs[i] for i in docs])
+        for i in dict.fromkeys(queries):
+            if (i, self._partners[i][0]) not in self._features:  # a query's documents together: they share a table
+                partners = self._partners[i]
+                with torch.no_grad():
+                    found = ranker.features(self._asked[i], padded([self._docs[j] for j in partners]))
+                self._features.update({(i, j): row for j, row in zip(partners, found, strict=True)})
+        return {"features": pad_sequence([self._features[pair] for pair in zip(queries, docs, strict=True)], True)}
 
     def on_epoch(self, epoch: int, epochs: int) -> None:
         """Ask for the documents of an epoch."""
@@ -175,9 +211,7 @@ class Pairwise(nn.Module):
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of one batch, and the share of its pairs that stand in the right order."""
         asked, better, worse = batch["x"].T.tolist()
-        queries = [self._queries[i] for i in asked]
-        docs = [self._docs[i] for i in (*better, *worse)]
-        up, down = model(**self._ranker[0].inputs(queries * 2, docs)).float().chunk(2)
+        up, down = model(**self._inputs(asked * 2, better + worse)).float().chunk(2)
         total = hinge(up, down, self.margin) if self.loss == "hinge" else ranknet(up, down)
         return Loss(total, {"right": (up > down).float().mean().detach()})
 
@@ -227,7 +261,12 @@ def fit_ranker(
     place, where = {q: i for i, q in enumerate(qids)}, {d: i for i, d in enumerate(docnos)}
     x = torch.tensor([(place[q], where[up], where[down]) for q, up, down in pairs.triples])
     texts, docs = [data.queries[q] for q in qids], {d: data.docs[d] for d in docnos}
-    objective = Pairwise(ranker, texts, docs, loss=loss, margin=margin, augment=augment, fresh=fresh)
+    partners: dict[int, dict[int, None]] = {}
+    for q, up, down in pairs.triples:
+        partners.setdefault(place[q], {}).update({where[up]: None, where[down]: None})
+    few = sum(map(len, partners.values())) <= MOST_KEPT
+    kept = {q: list(found) for q, found in partners.items()} if few else None
+    objective = Pairwise(ranker, texts, docs, loss=loss, margin=margin, augment=augment, fresh=fresh, partners=kept)
     n_steps = epochs * -(-len(x) // batch_size)
 
     def tell(state: TrainState, found: Loss) -> None:
