@@ -88,14 +88,15 @@ def _table(found: Comparison) -> Section:
                       if row["environment_steps"][0] is not None)  # fmt: skip
     if steps:
         notes.append(f"Environment steps of one training, those of attackers included: {steps}.")
-    return Section(
-        "The table",
-        ["Mean return of an episode. Each attack plays the same episodes; of a family the worst counts: RS is robust "
-         "Sarsa with and without maximal action difference (MAD), learned are SA-RL and PA-AD, trained for "
-         f"{d['details']['attack_steps']:,} steps against each policy."],
-        table=Table(["policy", *_short(d)], rows, _units(d), numeric=tuple(range(1, len(rows[0])))),
-        notes=notes,
-    )  # fmt: skip
+    families = {
+        "MAD": "MAD is maximal action difference",
+        "RS": "RS is robust Sarsa, with and without MAD",
+        "learned": f"learned are SA-RL and PA-AD, trained for {d['details']['attack_steps']:,} steps against each policy",
+    }
+    told = "; ".join(text for family, text in families.items() if family in d["columns"])
+    text = f"Mean return of an episode. Each attack plays the same episodes; of a family the worst counts. {told}."
+    table = Table(["policy", *_short(d)], rows, _units(d), numeric=tuple(range(1, len(rows[0]))))
+    return Section("The table", [text], table=table, notes=notes)
 
 
 def _returns(found: Comparison) -> Section:
