@@ -63,6 +63,19 @@ def test_a_bound_gives_a_policy_that_can_be_attacked_and_a_curve_goes_on_where_i
     assert kept == {file: file.stat().st_mtime_ns for file in curve.glob("*/policy.safetensors")}
 
 
+def test_a_network_is_fitted_in_a_folder_that_holds_nothing_else_in_the_end(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--demonstrations", str(pairs), "--env", "Pendulum-v1", "--max-steps", "5", "-n", "2", "--json"]
+    more = ["--steps", "20", "--width", "8", "--lipschitz", "0.4", "--out", str(tmp_path / "net")]
+    assert run("imitate", *words, *more) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["worst"] < 0  # no --zeta: the return in peace
+    folder = tmp_path / "net" / "lipschitz-0.4"
+    assert {file.name for file in folder.iterdir()} == {"policy.json", "policy.safetensors", "tradeoff.json"}
+    assert load_policy(folder).lipschitz_bound() <= 0.4
+    assert "add --zeta" in (tmp_path / "net" / "report.html").read_text()
+
+
 def test_an_expert_is_watched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

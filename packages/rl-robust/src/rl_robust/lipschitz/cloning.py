@@ -27,6 +27,7 @@ from rl_robust.rollout import collect
 from rl_robust.task import Task
 from robust_core.checks import check_choice, check_count, check_finite, check_number
 from robust_core.io import read_json, write_json
+from robust_core.io.files import remove
 from robust_core.models import frozen
 from robust_core.random import Seed, derive, resolve_seed
 from robust_core.threats import L2
@@ -312,15 +313,19 @@ def tradeoff(
         kept = None if folder is None else policy_folder(folder, lipschitz)
         found = None if kept is None else _read_rows(kept / _ROWS, identity)
         if found is None:
+            work = None if kept is None or solver != "network" else kept / f"unfinished-{identity[:12]}"
+            more = {} if work is None else {"checkpoint": work, "checkpoint_every": 500}
             policy = fit_lipschitz_policy(
                 x, u, lipschitz=lipschitz, solver=solver, action_space=space,  # pyright: ignore[reportArgumentType]
-                generator=seed, **settings,
+                generator=seed, **{**more, **settings},
             )  # fmt: skip
             play = partial(collect, policy, task, n_episodes, generator=derive(seed, "episodes"))
             found = _rows(policy, play, tried, residual_max(policy, x, u))
             if kept is not None:
                 save_policy(kept, policy, about={"solver": solver, "task": task.identity, "seed": seed})
                 write_json(kept / _ROWS, {"identity": identity, "rows": [asdict(row) for row in found]})
+                if work is not None:
+                    remove(work)
         rows += found
         if on_step is not None:
             on_step(done + 1, len(grid))

@@ -67,8 +67,9 @@ def render(document: Mapping[str, Any], rows: Sequence[TradeoffRow]) -> str:
         lead=f"{document['n']:,} demonstrations · {document['episodes']:,} episodes a mean · seed {document['seed']}",
         cards=[
             Card("largest slope of the expert's data", f"{document['slope']:.4g}", "a lower bound of its constant"),
-            Card("best constant under attack", f"{best.certified:.4g}", "certified"),
-            Card("its return under attack", number(best.worst), f"in peace {number(best.nominal)}"),
+            Card("best constant under attack" if attacks else "best constant", f"{best.certified:.4g}", "certified"),
+            Card("its return in peace", number(best.nominal)),
+            Card("its return under attack", number(best.worst) if attacks else "", how="add --zeta"),
         ],
         flags=flags,
         clear="Checked: every constant by singular values in float64, or pair by pair.",
