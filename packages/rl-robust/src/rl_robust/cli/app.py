@@ -25,7 +25,8 @@ PolicyWords = Annotated[
     typer.Option(
         "--policy",
         "-p",
-        help="sb3:FILE.zip[@ALGORITHM] (never un-pickled), saved:FOLDER or package.module:factory[@WEIGHTS].",
+        help="sb3:FILE.zip[@ALGORITHM] (never un-pickled), saved:FOLDER (of harden), lipschitz:FOLDER (of imitate) or "
+        "package.module:factory[@WEIGHTS].",
     ),
 ]
 Env = Annotated[
