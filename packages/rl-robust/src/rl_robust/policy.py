@@ -12,6 +12,7 @@ Actions are greedy unless ``draws`` (uniform numbers that belong to episodes, no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -103,7 +104,7 @@ def env_actions(actions: Tensor, space: spaces.Space) -> np.ndarray:
             raise ValueError(f"the policy's actions are {found.shape}; one number for each observation is needed")
         inside = (found >= space.start) & (found < space.start + space.n)
     elif isinstance(space, spaces.Box):
-        if found[0].size != int(np.prod(space.shape)):
+        if found[0].size != math.prod(space.shape):
             raise ValueError(f"the policy's actions are {found.shape}; {space.shape} for each observation is needed")
         found = found.reshape(len(found), *space.shape).astype(space.dtype)
         inside = np.isfinite(found) & (found >= space.low) & (found <= space.high)

@@ -347,7 +347,8 @@ class _Player:
         if not np.all(np.isfinite(reward)):
             raise ValueError(f"{self.task.name} returned a reward that is not finite")
         self.total[rows] += self.weight[rows] * reward
-        self.weight[rows] *= self.task.discount
+        if self.task.discount != 1.0:
+            self.weight[rows] *= self.task.discount
         self.step[rows] += 1
         for row, value in zip(rows, reward, strict=True) if self.steps else ():
             if int(self.episode[row]) in self.steps:
@@ -409,10 +410,11 @@ class _Player:
                 rows = np.flatnonzero(self.episode >= 0)
                 if not len(rows):
                     return self.result()
-                actions = self.decide(rows, np.stack([raw[lane] for lane in rows]))
+                live = rows.tolist()  # lists are indexed faster by whole numbers than by numpy's
+                actions = self.decide(rows, np.stack([raw[lane] for lane in live]))
                 self.rendered(rows, envs, pool.render)
-                out = [envs[lane].step(action) for lane, action in zip(rows, actions, strict=True)]
-                for lane, step in zip(rows, out, strict=True):
+                out = [envs[lane].step(action) for lane, action in zip(live, actions, strict=True)]
+                for lane, step in zip(live, out, strict=True):
                     raw[lane] = step[0]
                 reward, ended, cut = (np.array([step[k] for step in out]) for k in (1, 2, 3))
                 free = list(self.count(rows, reward.astype(np.float64), ended, cut))
