@@ -18,7 +18,12 @@ of a stronger model, which a table has no trouble to imitate: it has no counterp
 two factors (eight and two) imply between the model's own positives and per-step negatives.
 Full scale measures on 10,000 fresh problems of the same world; the paper's models of 7 billion parameters are not run.
 
-What ten seeds gave: 0.80 of fresh problems from 0.31; 0.79 for RFT; 0.11 for standard DPO, which pushes down right
+A second world is a small transformer: chained sums modulo five, four steps, learned from traces of which 30 % hold a
+copied digit that the next step silently repairs (4,000 traces, 500 steps); then 250 problems, eight samples each, values
+by best-of-5 from ten roll-outs, and 150 steps of 64 for each method, accuracy and spurious steps on 1,000 fresh problems.
+Its sizes and statements were not changed after a pilot on seed 1001 had shown its figures.
+
+What ten seeds gave in the first world: 0.80 of fresh problems from 0.31; 0.79 for RFT; 0.11 for standard DPO, which pushes down right
 tokens of contexts that only failed solutions visit. Per-step DPO halves the spurious steps (0.19; RFT 0.39, however
 much data it has). A quarter of the data is not enough: RFT is flat, 0.79 on 150 problems and 0.80 on 300 and 600, so
 few problems give it all that it can learn here; per-step DPO has 0.65 on 75, draws level on 150 and goes on to 0.96 on
@@ -36,6 +41,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from rl_robust.claims._per_step_sums import transformer
 from rl_robust.preference.collate import PreferenceData, TokenRow
 from rl_robust.preference.per_step import AdvantageWeightedNLL, PerStepDPO, advantage_optimum
 from rl_robust.preference.per_step_pairs import AdvantageData, build_pairs, own_correct
@@ -125,6 +131,31 @@ STATEMENTS: tuple[Statement, ...] = (
         figure="spurious_of_rft",
         unit=_SHARE,
         margin=-0.05,
+        reason=_WORLD,
+    ),
+    Statement(
+        text="A small transformer gets more chained sums right after per-step negatives than after supervision alone.",
+        metric="accuracy on fresh problems after per-step DPO, against the supervised transformer",
+        figure="sums_accuracy",
+        unit=_SHARE,
+        margin=0.0,
+        reason=_WORLD,
+    ),
+    Statement(
+        text="And more than after DPO on whole wrong solutions, at equal steps.",
+        metric="accuracy on fresh problems after per-step DPO, against DPO of whole solutions (negative control)",
+        figure="sums_against_standard",
+        unit=_SHARE,
+        margin=0.0,
+        reason=_WORLD,
+    ),
+    Statement(
+        text="It writes fewer spurious steps than after training on its own correct solutions, at equal steps.",
+        metric="share of steps before the last that are not the running sum, after per-step DPO, against RFT",
+        figure="sums_spurious",
+        unit=_SHARE,
+        margin=0.0,
+        higher_is_better=False,
         reason=_WORLD,
     ),
 )
@@ -277,6 +308,7 @@ def run(seed: int, scale: Scale) -> Figures:
     standard = measure(_dpo(world, problems[:150], correct[:150], values[:150], "standard"))
     sibling = measure(_dpo(world, problems[:150], correct[:150], values[:150], "sibling"))
     base = measure(supervised)
+    sums = transformer(derive(seed, "sums"))
     return Figures(
         {
             "accuracy": step[150][0],
@@ -289,6 +321,9 @@ def run(seed: int, scale: Scale) -> Figures:
             "quarter_150": step[150][0],
             "growth_of_per_step": step[600][0],
             "spurious_of_rft": rft[600][1],
+            "sums_accuracy": sums["first_pit"][0],
+            "sums_against_standard": sums["first_pit"][0],
+            "sums_spurious": sums["first_pit"][1],
         },
         {
             "accuracy": base[0],
@@ -301,6 +336,9 @@ def run(seed: int, scale: Scale) -> Figures:
             "quarter_150": rft[600][0],
             "growth_of_per_step": step[150][0],
             "spurious_of_rft": rft[75][1],
+            "sums_accuracy": sums["supervised"][0],
+            "sums_against_standard": sums["standard"][0],
+            "sums_spurious": sums["rft"][1],
         },
         (*_exactness(), *_values_are_sound(world, values)),
     )
