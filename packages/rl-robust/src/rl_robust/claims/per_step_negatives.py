@@ -20,15 +20,15 @@ Full scale measures on 10,000 fresh problems of the same world; the paper's mode
 
 A second world is a small transformer: chained sums modulo five, four steps, learned from traces of which 30 % hold a
 copied digit that the next step silently repairs (4,000 traces, 500 steps); then 250 problems, eight samples each, values
-by best-of-5 from ten roll-outs, and 150 steps of 64 for each method, accuracy and spurious steps on 1,000 fresh problems.
-Its sizes and statements were not changed after a pilot on seed 1001 had shown its figures.
+by best-of-5 from ten roll-outs, and 150 steps of 64 for each method, accuracy and spurious steps on 1,000 fresh
+problems. Its sizes and statements were not changed after a pilot on seed 1001 had shown its figures.
 
-What ten seeds gave in the first world: 0.80 of fresh problems from 0.31; 0.79 for RFT; 0.11 for standard DPO, which pushes down right
-tokens of contexts that only failed solutions visit. Per-step DPO halves the spurious steps (0.19; RFT 0.39, however
-much data it has). A quarter of the data is not enough: RFT is flat, 0.79 on 150 problems and 0.80 on 300 and 600, so
-few problems give it all that it can learn here; per-step DPO has 0.65 on 75, draws level on 150 and goes on to 0.96 on
-600. Pairs from one prefix do best on the same data, 0.92: whole correct solutions mix the lesson of the pit with that
-of another path.
+What ten seeds gave in the first world: 0.80 of fresh problems from 0.31; 0.79 for RFT; 0.11 for standard DPO, which
+pushes down right tokens of contexts that only failed solutions visit. Per-step DPO halves the spurious steps (0.19; RFT
+0.39, however much data it has). A quarter of the data is not enough: RFT is flat, 0.79 on 150 problems and 0.80 on 300
+and 600, so few problems give it all that it can learn here; per-step DPO has 0.65 on 75, draws level on 150 and goes on
+to 0.96 on 600. Pairs from one prefix do best on the same data, 0.92: whole correct solutions mix the lesson of the pit
+with that of another path.
 """
 
 from __future__ import annotations
