@@ -21,6 +21,7 @@ anything is drawn.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -228,9 +229,9 @@ def deviation(words: Sequence[str], table: PerturbationTable, budget: WordBudget
         budget: as of :func:`budget_words`.
     """
     changed = budget_words(len(words), budget)
-    smallest = sorted(table.least_overlap(word) for word in words)[:changed]
-    product = float(np.prod([q for q in smallest if q < 1.0])) if smallest else 1.0
-    if product == 1.0:
+    smallest = sorted(q for q in map(table.least_overlap, words) if q < 1.0)[:changed]
+    if not smallest:
         return 0.0
+    product = math.prod(smallest)
     # every factor and every product may be off by half a unit in the last place, and the difference too
     return min(1.0, float(np.nextafter(1.0 - product * (1.0 - 2.0**-52 * (changed + 1)), 2.0)))

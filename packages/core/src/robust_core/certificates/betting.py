@@ -87,9 +87,16 @@ def _stakes(x: np.ndarray, log: float, planned: int) -> np.ndarray:
     return np.minimum(np.sqrt(2.0 * log / (variance * np.maximum(number, planned / 4))), MOST)
 
 
+def _bracket(x: np.ndarray, log: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return (R,) two guesses between which the bound usually lies."""
+    n, mean = x.shape[1], x.mean(1)
+    width = np.sqrt(2.0 * x.var(1) * log / n) + log * mean / n
+    return np.maximum(mean - 2.0 * width, 0.0), np.maximum(mean - 0.7 * width, 0.0)
+
+
 def _solve(x: np.ndarray, alpha: float, planned: int) -> np.ndarray:
     """Return (R,) the largest m known to be refuted."""
-    log = -math.log(alpha)
+    log, n = -math.log(alpha), x.shape[1]
     stakes = _stakes(x, log, planned)
     if extra := -x.shape[1] % _FACTORS:  # stakes of 0 leave the wealth alone
         x, stakes = (np.pad(part, ((0, 0), (0, extra))) for part in (x, stakes))
@@ -102,8 +109,17 @@ def _solve(x: np.ndarray, alpha: float, planned: int) -> np.ndarray:
         factor += 1.0
         return np.log(factor.reshape(len(x), -1, _FACTORS).prod(2)).sum(1) - level
 
-    low, high = np.zeros(len(x)), x.max(1)  # nothing is won from an m above all values
-    at_low, at_high = excess(low), np.minimum(excess(high), -1e-9)
+    low, high = _bracket(x[:, :n], log)
+    at_low, at_high = excess(low), excess(high)
+    wide = at_high >= 0.0  # the guess failed: nothing is won from an m above all values
+    if wide.any():
+        high = np.where(wide, x.max(1), high)
+        at_high = np.where(wide, excess(high), at_high)
+    deep = at_low < 0.0
+    if deep.any():
+        low = np.where(deep, 0.0, low)
+        at_low = np.where(deep, excess(low), at_low)
+    at_high = np.minimum(at_high, -1e-9)
     none, last = at_low < 0.0, np.zeros(len(x))
     for turn in range(40):  # false position, halving the weight of an end that stays (Illinois)
         middle = high - at_high * (high - low) / np.minimum(at_high - at_low, -1e-300)

@@ -82,7 +82,7 @@ def certify_list(
     if not len(docs):
         raise ValueError("docs: an empty list has no first K; at least one document is needed")
     samplers = [smoothed.sampler(query, doc) for doc in docs]
-    devs = np.array([smoothed.table.deviation(sampler.words.words, budget) for sampler in samplers])
+    devs = np.array([smoothed.table.deviation(sampler.lower, budget) for sampler in samplers])
     settings = {"alpha": alpha, "bound": bound, "rule": rule, "names": names}
     if bound == "exact":
         whole = SmoothedScores.of([sampler.enumerate() for sampler in samplers])

@@ -210,7 +210,7 @@ class SmoothedRanker:
         usual = 1024 if self.by_number else 64
         self.batch_size = min(usual if batch_size is None else check_count("batch_size", batch_size), MOST)
         self.seed = resolve_seed(generator)
-        self._numbers: dict[str, tuple[int, ...]] = {}
+        self.entries: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
 
     def score(self, query: str, docs: Sequence[str]) -> np.ndarray:
         """Return (N,) estimates of g, float64."""
@@ -240,13 +240,13 @@ class SmoothedRanker:
         """Return the texts of samples ``start .. stop - 1``, as any ranker but one by words gets them."""
         return self.sampler(query, doc).texts(start, stop)
 
-    def numbers(self, word: str) -> tuple[int, ...]:
-        """Return the ranker's numbers of the words of P_w."""
-        known = self._numbers.get(word)
-        if known is None:
-            known = tuple(self.ranker.vocabulary.ids(self.table.support(word)))  # pyright: ignore[reportAttributeAccessIssue]
-            self._numbers[word] = known
-        return known
+    def entry(self, word: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Return P_w, and for a ranker by word numbers the number of the word followed by theirs."""
+        support = self.table.support(word)
+        ranker: Any = self.ranker
+        found = support, tuple(ranker.vocabulary.ids([word, *support])) if self.by_number else ()
+        self.entries[word] = found
+        return found
 
     def levels(self, scores: Tensor | np.ndarray) -> Tensor:
         """Return f as whole numbers 0 .. LEVELS, float64, from the ranker's scores."""
@@ -274,29 +274,27 @@ class Sampler:
     def __init__(self, smoothed: SmoothedRanker, query: str, doc: str) -> None:
         self.smoothed, self.query, self.doc = smoothed, query, doc
         self.words = Words.of(doc)
-        table, words = smoothed.table, self.words.words
-        supports = [table.support(word) for word in words]
-        self.free = [i for i, support in enumerate(supports) if len(support) > 1]
-        self.supports = [supports[i] for i in self.free]
+        self.lower = self.words.words
+        known, learn = smoothed.entries, smoothed.entry
+        entries = [known.get(word) or learn(word) for word in self.lower]
+        self.free = [i for i, (support, _) in enumerate(entries) if len(support) > 1]
+        self.supports = [entries[i][0] for i in self.free]
         self.tally = Tally()
         self._seed = derive(smoothed.seed, "certdr", query, doc)
         self._by_number = smoothed.by_number
         if self._by_number:
-            self._prepare(words)
+            self._prepare([numbers for _, numbers in entries])
 
-    def _prepare(self, words: Sequence[str]) -> None:
+    def _prepare(self, numbers: Sequence[tuple[int, ...]]) -> None:
         """Put the numbers of the words, and of those that may stand for them, where the ranker is."""
-        ranker: Any = self.smoothed.ranker
-        device = _device(ranker)
-        self._base = torch.tensor(ranker.vocabulary.ids(words), dtype=torch.int64, device=device)
-        columns = [self.smoothed.numbers(words[i]) for i in self.free]
-        flat = list(itertools.chain.from_iterable(columns))
-        sizes = [len(column) for column in columns]
-        starts = list(itertools.accumulate(sizes, initial=0))[:-1]
-        self._flat = torch.tensor(flat, dtype=torch.int64, device=device)
-        self._starts = torch.tensor(starts, dtype=torch.int64, device=device)
-        self._sizes = torch.tensor(sizes, dtype=torch.int64, device=device)
-        self._free = torch.tensor(self.free, dtype=torch.int64, device=device)
+        device = _device(self.smoothed.ranker)
+        columns = [numbers[i] for i in self.free]  # own number first
+        flat = np.fromiter(itertools.chain.from_iterable(columns), dtype=np.int64)
+        sizes = np.fromiter(map(len, columns), dtype=np.int64)
+        base = np.fromiter((row[0] for row in numbers), dtype=np.int64)
+        free = np.fromiter(self.free, dtype=np.int64)
+        parts = (base, flat, np.cumsum(sizes) - sizes + 1, sizes - 1, free)
+        self._base, self._flat, self._starts, self._sizes, self._free = (torch.from_numpy(p).to(device) for p in parts)
 
     @property
     def n_variants(self) -> float:
@@ -362,8 +360,8 @@ class Sampler:
         return self._texts(self.picks(start, stop))
 
     def _texts(self, picks: Tensor) -> list[str]:
-        table, lower = self.smoothed.table, self.words.words
-        words = Words.of(self.words.lowered([word if word in table else None for word in lower]))
+        table = self.smoothed.table
+        words = Words.of(self.words.lowered([word if word in table else None for word in self.lower]))
         pieces: list[str] = [words.gaps[0]]
         for surface, gap in zip(words.surfaces, words.gaps[1:], strict=True):
             pieces += (surface, gap)
