@@ -1,0 +1,164 @@
+"""The parts of a pipeline, asked one by one, say what the pipeline says as a whole."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from diffusion_unlearn.digits import build_pipeline
+from diffusion_unlearn.pipeline import TextToImage, UnsupportedPipelineError, replaced_embeddings
+
+PROMPTS = ["a photo of three", "handwritten nueve"]
+
+
+@pytest.mark.quick
+def test_prompts_are_encoded_as_diffusers_encodes_them(untrained: Any) -> None:
+    ours = TextToImage(untrained).encode(PROMPTS).hidden
+    theirs, empty = untrained.encode_prompt(PROMPTS, "cpu", 1, True)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(TextToImage(untrained).encode([""]).hidden, empty[:1])
+
+
+def tiny_xl() -> Any:
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    base, generator = build_pipeline(), torch.Generator().manual_seed(0)
+    size: dict[str, Any] = {
+        "vocab_size": len(base.tokenizer), "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 12, "eos_token_id": base.tokenizer.eos_token_id,
+    }  # fmt: skip
+    first = CLIPTextModel(CLIPTextConfig(hidden_size=16, **size)).eval()
+    second = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=24, projection_dim=20, **size)).eval()
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=40, attention_head_dim=8, norm_num_groups=8, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 20,
+    ).eval()  # fmt: skip
+    for module in (first, second, unet):
+        for weight in module.parameters():
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.05 + (weight.ndim == 1))
+    pipe = StableDiffusionXLPipeline(
+        vae=base.vae, text_encoder=first, text_encoder_2=second, tokenizer=base.tokenizer, tokenizer_2=base.tokenizer,
+        unet=unet, scheduler=DDIMScheduler(), add_watermarker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_xl_is_encoded_and_drawn_as_diffusers_does() -> None:
+    pipe = tiny_xl()
+    face = TextToImage(pipe)
+    ours = face.encode(PROMPTS)
+    theirs, _, pooled, _ = pipe.encode_prompt(PROMPTS, device="cpu", do_classifier_free_guidance=True)
+    assert face.is_xl
+    assert torch.equal(ours.hidden, theirs)
+    assert torch.equal(ours.pooled, pooled)
+    latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    sizes = pipe._get_add_time_ids((8, 8), (0, 0), (8, 8), torch.float32, 20).expand(2, -1)
+    assert torch.equal(ours.sizes, sizes)
+    expected = pipe.unet(
+        latents, 500, encoder_hidden_states=theirs, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}
+    ).sample
+    assert torch.equal(face.predict(latents, 500, ours), expected)
+    assert face.generate(PROMPTS, [0, 1], steps=2).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.quick
+def test_embeddings_in_place_of_tokens_give_the_same_conditioning(untrained: Any) -> None:
+    face = TextToImage(untrained)
+    ids = face.ids(PROMPTS)
+    embeddings = face.embedding_table[ids[0]]
+    assert torch.equal(face.encode(ids=ids, embeddings=embeddings).hidden, face.encode(PROMPTS).hidden)
+    moved = face.encode(ids=ids, embeddings=embeddings + 0.1).hidden
+    assert not torch.allclose(moved, face.encode(PROMPTS).hidden)
+    with (
+        pytest.raises(ValueError, match="embeddings of shape"),
+        replaced_embeddings(face.encoders[0], embeddings[:, :3]),
+    ):
+        face.encoders[0](ids[0])
+    assert torch.equal(face.encode(ids=ids).hidden, face.encode(PROMPTS).hidden)  # the hook is gone
+
+
+def test_gradients_reach_embeddings_through_the_encoder(untrained: Any) -> None:
+    face = TextToImage(untrained)
+    ids = face.ids(PROMPTS)
+    embeddings = face.embedding_table[ids[0]].detach().clone().requires_grad_(True)
+    face.encode(ids=ids, embeddings=embeddings).hidden.square().sum().backward()
+    assert embeddings.grad is not None
+    assert bool((embeddings.grad.abs().sum(2) > 0).any())
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_noise_and_targets_are_the_schedulers_own(kind: str) -> None:
+    pipe: Any = build_pipeline()
+    pipe.scheduler.register_to_config(prediction_type=kind)
+    face = TextToImage(pipe)
+    draw = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(4, 1, 8, 8, generator=draw), torch.randn(4, 1, 8, 8, generator=draw)
+    t = torch.tensor([0, 10, 500, 999])
+    assert torch.allclose(face.noised(x0, noise, t), pipe.scheduler.add_noise(x0, noise, t), atol=1e-6)
+    wanted = noise if kind == "epsilon" else pipe.scheduler.get_velocity(x0, noise, t)
+    assert torch.allclose(face.target(x0, noise, t), wanted, atol=1e-6)
+
+
+def test_part_of_a_run_is_the_part_of_the_whole_run(untrained: Any) -> None:
+    face = TextToImage(untrained)
+    seen: dict[int, torch.Tensor] = {}
+
+    def look(pipe: Any, step: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        seen[step] = kept["latents"]
+        return kept
+
+    condition, empty = face.encode(PROMPTS), face.encode([""])
+    start, _ = face.partial(condition, empty, 0, index=[4, 9], steps=10, generator=3)
+    untrained(
+        PROMPTS,
+        latents=start,
+        guidance_scale=3.0,
+        num_inference_steps=10,
+        callback_on_step_end=look,
+        output_type="latent",
+    )
+    for n_steps in (1, 4, 9):
+        found, t = face.partial(condition, empty, n_steps, index=[4, 9], steps=10, generator=3)
+        assert torch.allclose(found, seen[n_steps - 1], atol=1e-5)
+        assert int(t) == int(untrained.scheduler.timesteps[n_steps])
+    alone, _ = face.partial(condition[1:], empty, 4, index=[9], steps=10, generator=3)
+    assert torch.allclose(alone[0], seen[3][1], atol=1e-5)
+
+
+def test_a_picture_belongs_to_its_prompt_and_seed(untrained: Any) -> None:
+    face = TextToImage(untrained)
+    whole = face.generate(PROMPTS * 2, [1, 2, 3, 4], steps=3)
+    assert whole.shape == (4, 1, 8, 8)
+    assert float(whole.min()) >= 0
+    assert float(whole.max()) <= 1
+    parts = face.generate(PROMPTS * 2, [1, 2, 3, 4], steps=3, batch_size=3)
+    assert torch.allclose(whole, parts, atol=1e-5)
+    assert not torch.allclose(whole[0], whole[2])
+
+
+@pytest.mark.quick
+def test_what_cannot_be_used_is_refused(untrained: Any) -> None:
+    face = TextToImage(untrained)
+    with pytest.raises(ValueError, match="tokens; 12 fit"):
+        face.ids(["three " * 20])
+    with pytest.raises(ValueError, match="one each is needed"):
+        face.generate(PROMPTS, [1])
+    condition = face.encode(PROMPTS)
+    with pytest.raises(ValueError, match="n_steps=10"):
+        face.partial(condition, condition[:1], 10, index=[0, 1], steps=10)
+    broken = copy.copy(untrained)
+    broken.unet = None
+    with pytest.raises(UnsupportedPipelineError, match="has no unet"):
+        TextToImage(broken)
+
+
+def test_images_go_into_latents_and_back(untrained: Any) -> None:
+    face = TextToImage(untrained)
+    latents = face.latents_of(torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert latents.shape == (3, *face.latent_shape)
+    assert face.images_of(latents).shape == (3, 1, 8, 8)
