@@ -118,6 +118,15 @@ def test_steps_that_lose_the_answer_are_unlearned_and_nothing_is_drawn_twice(
 
 
 @pytest.mark.quick
+def test_chosen_answers_that_became_less_likely_are_flagged() -> None:
+    from rl_robust.cli.preference import _leaks
+
+    assert _leaks({"train/chosen_log_ratio": {"value": 0.1}, "train/writer_accuracy": {"value": -1}}) == []
+    (flag,) = _leaks({"train/chosen_log_ratio": {"value": -0.1}, "held-out/chosen_log_ratio": {"value": -3.0}})
+    assert "(train, held-out)" in flag
+
+
+@pytest.mark.quick
 def test_accuracies_count_ties_as_halves_and_judges_see_both_orders() -> None:
     ratios = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [5.0, 0.0]]).double()
     found = implicit_accuracy(ratios, torch.tensor([1.0, 0.0, 1.0, 0.5]))

@@ -121,6 +121,7 @@ def prefer(
         out, "robust.preference/1", method, found, figures, started, seed, json,
         details=settings,
         next_step=f"robust rl revise --model {out / 'model'} --prompts FILE --revisions 2" if method == "srpo" else "",
+        flags=_leaks(figures),
     )  # fmt: skip
 
 
@@ -139,6 +140,17 @@ def _judged(found: LanguageModel, pairs: Any, test: Any, reduction: Any, report:
             figures[f"{name}/{role}_accuracy"] = estimate.as_json()
         figures[f"{name}/chosen_log_ratio"] = {"value": float(ratios[:, -2].mean()), "interval": None, "n": len(ratios)}
     return figures
+
+
+def _leaks(figures: dict[str, Any]) -> list[str]:
+    """Say where chosen answers became less likely: the losses compare answers, and cannot see what goes elsewhere."""
+    fallen = [name.partition("/")[0] for name in figures if "chosen_log" in name and figures[name]["value"] < 0]
+    if not fallen:
+        return []
+    return [
+        f"chosen answers became less likely than before ({', '.join(fallen)}): probability goes elsewhere, often to "
+        "what the data do not show; read some answers (robust rl revise), raise --beta, or lower --lr or --epochs"
+    ]
 
 
 def _win_rates(

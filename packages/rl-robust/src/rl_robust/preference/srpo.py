@@ -15,11 +15,15 @@ name). With r'(a|b) = log pi'/pi_ref (a | b, x) and r(a) = log pi/pi_ref (a | x)
 - (1 - mix) * writer + mix * reviser: :func:`srpo_loss`; ``mix`` is the paper's alpha.
 
 All hold for every pair at the optimum, which :func:`rl_robust.preference.srpo_closed_form` gives for finitely many
-answers. An answer that the data never show is tied to nothing, and probability that a model moves there (or takes from
-there) shifts the reviser's normalisation and with it the writer: the independence needs coverage. A revision of the
-reference beats the answer that it was shown, for any preferences; further ones need not improve, not even where
-preferences are Bradley-Terry (both are tests). The gradient flows through all six terms. ``mix=1`` leaves the writer
-untrained and ``mix=0`` leaves r and r' undetermined (only a sum of them is fixed): stay between them.
+answers, and which a language model that can write nothing else reaches (a test). An answer that the data never show is
+tied to nothing, and the loss is blind to probability that goes there: r' may fall by c(b) for each answer b shown, if r
+falls with it. Then the writer is not that of the optimum, and the independence is lost; with few answers, mask all
+others. A revision of the reference beats the answer that it was shown, for any preferences; further ones need not
+improve, not even where preferences are Bradley-Terry. Revisions of the *writer* pay, at the optimum, where the
+reference edits what it is shown; where it starts anew whatever it is shown, they lose a little (all are tests).
+
+The gradient flows through all six terms. ``mix=1`` leaves the writer untrained and ``mix=0`` leaves r and r'
+undetermined (only a sum of them is fixed): stay between them.
 
 Defaults: beta 0.1 from a third party's trainer, which sums log-probabilities and sets the mix to 0.8; the authors' own
 values are not published. Squared losses of sums grow with the length of answers, and the authors of IPO (two of them
