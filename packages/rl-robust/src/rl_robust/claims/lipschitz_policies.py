@@ -9,9 +9,12 @@ InvertedPendulum-v5 (100 steps at most, angles in units of 0.1 rad, so that one 
 a linear-quadratic expert on its finite-difference linearisation is watched for 1,000 steps under noise, cloned under
 0.4 to 0.75 times the largest slope of its data and without a bound, and attacked with a Euclidean error of 0.4 in each
 step, random or planned ahead through the linearisation (15 steps, 5 gradient steps). The constant is chosen on other
-episodes than those that are reported. Size of error and grid come from one pilot on other
-episodes (of 200 steps). Full scale: 500 starts,
-10 restarts, 50 episodes. The paper's systems and values are not at hand; margins here are fixed in advance.
+episodes than those that are reported. Size of error and grid come from one pilot on other episodes (of 200 steps). Full
+scale: 500 starts, 10 restarts, 50 episodes. The paper's systems and values are not at hand; margins here are fixed in
+advance.
+
+Found: all as stated but for the rate, which is N^(-1/n) on average and too noisy to tell. On the pendulum every attack
+fails against the constant that was chosen, and the unconstrained clone falls after 18 steps of 100.
 """
 
 from __future__ import annotations
