@@ -1,5 +1,6 @@
 """Certifiers: ``certifier.certify(x, y=None) -> Certificate``; what is not proved is never called certified."""
 
+from robust_core.certificates.betting import betting_lower, betting_upper
 from robust_core.certificates.bounds import Crown, IntervalBounds, robust_cross_entropy
 from robust_core.certificates.lipschitz import LipschitzCertifier
 from robust_core.certificates.mixed import (
@@ -47,6 +48,8 @@ __all__ = [
     "Status",
     "anytime_lower",
     "anytime_upper",
+    "betting_lower",
+    "betting_upper",
     "binomial_p_value",
     "certify_mixed_lipschitz",
     "certify_mixed_smoothing",
