@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ir_robust.rankers import WhiteBoxRanker
+from ir_robust.collection import load_collection
+from ir_robust.measures import per_query
+from ir_robust.rankers import WhiteBoxRanker, load_ranker, rerank
 from ir_robust.rankers.encoders import (
     BiEncoderRanker,
     ColBERTRanker,
@@ -195,3 +198,11 @@ def test_bad_settings(encoder: Path) -> None:
     tokenizer.mask_token = None
     with pytest.raises(ValueError, match="mask token"):
         ColBERTRanker(tokenizer, model)
+
+
+def test_minilm_ranks_the_lee_corpus_as_measured() -> None:
+    data, ranker = load_collection("lee"), load_ranker("minilm")
+    run = {qid: dict.fromkeys((d for d in data.docs if d != qid), 0.0) for qid in data.queries}
+    values = list(per_query(rerank(ranker, data, run), data.qrels, ["nDCG@10"])["nDCG@10"].values())
+    assert statistics.fmean(values) == pytest.approx(0.741, abs=0.002)
+    assert statistics.pvariance(values) == pytest.approx(0.0178, abs=0.001)
