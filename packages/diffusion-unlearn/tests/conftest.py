@@ -9,10 +9,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import diffusers
+    import diffusers.utils.logging as diffusers_logging
     import transformers
 
-diffusers.logging.set_verbosity_error()
+diffusers_logging.set_verbosity_error()
 transformers.logging.set_verbosity_error()
 
 

@@ -1,7 +1,7 @@
 """The parts of a pipeline, asked one by one, say what the pipeline says as a whole."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def tiny_xl() -> Any:
             weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.05 + (weight.ndim == 1))
     pipe = StableDiffusionXLPipeline(
         vae=base.vae, text_encoder=first, text_encoder_2=second, tokenizer=base.tokenizer, tokenizer_2=base.tokenizer,
-        unet=unet, scheduler=DDIMScheduler(), add_watermarker=False,
+        unet=unet, scheduler=cast("Any", DDIMScheduler()), add_watermarker=False,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -51,7 +51,7 @@ def tiny_xl() -> Any:
 def test_xl_is_encoded_and_drawn_as_diffusers_does() -> None:
     pipe = tiny_xl()
     face = TextToImage(pipe)
-    ours = face.encode(PROMPTS)
+    ours: Any = face.encode(PROMPTS)
     theirs, _, pooled, _ = pipe.encode_prompt(PROMPTS, device="cpu", do_classifier_free_guidance=True)
     assert face.is_xl
     assert torch.equal(ours.hidden, theirs)
