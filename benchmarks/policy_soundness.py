@@ -1,6 +1,6 @@
 """Attack certified policies: nobody may get below a certificate more often than its failure probability allows.
 
-    python benchmarks/policy_soundness.py [--policies 4] [--episodes 200] [--json FILE]
+    python benchmarks/policy_soundness.py [--policies 3] [--episodes 200] [--json FILE]
 
 * cart: policies of CartPole, from firm to hardly balancing, with two levels of noise; each certificate (DKW and
   Clopper-Pearson, alpha 0.05) at four budgets meets every attack with a budget for the episode: offsets along each
@@ -21,6 +21,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ def attacks(policy: NetworkPolicy, sigma: float) -> Any:
     return build
 
 
-def cart(n_policies: int, episodes: int) -> dict[str, Any]:
-    """Return what was tried and what was broken."""
+def cart(n_policies: int, episodes: int) -> Iterator[dict[str, Any]]:
+    """Yield what was tried and what was broken, after each policy."""
     counts = {"policies": 0, "certificates": 0, "attacks": 0, "episodes": 0, "broken": 0}
     closest, table = math.inf, []
     for number in range(n_policies):
@@ -127,8 +128,8 @@ def cart(n_policies: int, episodes: int) -> dict[str, Any]:
             counts["broken"] += sum(broken.values())
         counts["policies"] += 1
         print(f"policy {number}: {counts}", flush=True)
-    allowed = int(stats.binom.ppf(0.9999, counts["certificates"], ALPHA))
-    return {"counts": counts, "allowed": allowed, "closest": closest, "table": table}
+        allowed = int(stats.binom.ppf(0.9999, counts["certificates"], ALPHA))
+        yield {"counts": counts, "allowed": allowed, "closest": closest, "table": table}
 
 
 def tight(n_certificates: int) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def tight(n_certificates: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Attack certified policies")
-    parser.add_argument("--policies", type=int, default=4)
+    parser.add_argument("--policies", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--certificates", type=int, default=400)
     parser.add_argument("--json", type=Path)
@@ -168,16 +169,17 @@ def main() -> int:
     started = time.process_time()
     results = {"tight": tight(arguments.certificates)}
     print(results["tight"], flush=True)
-    results["cart"] = cart(arguments.policies, arguments.episodes)
-    fine = results["cart"]["counts"]["broken"] <= results["cart"]["allowed"]
-    fine &= max(results["tight"]["above_the_truth"].values()) <= results["tight"]["allowed"]
-    fine &= abs(results["tight"]["attacked"] - results["tight"]["truth"]) < 5 * results["tight"]["attacked_error"]
-    if arguments.json:
-        document = {
-            "schema": "robust.soundness/1", "results": results, "processor_seconds": time.process_time() - started,
-            "versions": versions(),
-        }  # fmt: skip
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    tight_fine = max(results["tight"]["above_the_truth"].values()) <= results["tight"]["allowed"]
+    tight_fine &= abs(results["tight"]["attacked"] - results["tight"]["truth"]) < 5 * results["tight"]["attacked_error"]
+    fine = tight_fine
+    for results["cart"] in cart(arguments.policies, arguments.episodes):
+        fine = tight_fine and results["cart"]["counts"]["broken"] <= results["cart"]["allowed"]
+        if arguments.json:
+            document = {
+                "schema": "robust.soundness/1", "results": results, "processor_seconds": time.process_time() - started,
+                "versions": versions(),
+            }  # fmt: skip
+            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0 if fine else 1
 
 
