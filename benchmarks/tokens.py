@@ -1,14 +1,14 @@
 """Searches over tokens: what a search costs beside the bare passes that it needs.
 
-    python benchmarks/tokens.py [--json] [--quick]
+    python benchmarks/tokens.py [--json] [--quick] [--only NAME ...]
 
 Every search runs on a transformer that reads embeddings, first with the engine, then as the same passes by hand: the
 recorded batches of embeddings, batch by batch, forward, and backward to the embeddings where the search took a
-gradient. ``small`` has 2 layers of width 128 and reads 16 tokens, ``encoder`` 6 layers of width 256 and reads 77: a
-tenth of the text encoder of a diffusion model, which is itself a hundredth of its denoiser. What every search of its
+gradient. ``small`` has 2 layers of width 128 and reads 16 tokens, ``encoder`` 6 layers of width 256 and reads 77:
+a twentieth of the text encoder of a diffusion model, without the denoiser behind it. What every search of its
 kind must do besides is replayed too, on its own line: one product of the gradient with the embeddings of all
-candidates (GCG, simplex, projected). Alternated, medians of processor time on one thread; ``ratio`` is search over
-passes, ``ratio_to_parts`` over passes and those products.
+candidates (GCG, simplex, projected; twice for mixtures; once a round for nearest candidates). Alternated, medians of
+processor time on one thread; ``ratio`` is search over passes, ``ratio_to_parts`` over passes and those products.
 """
 
 from __future__ import annotations
@@ -120,8 +120,11 @@ def measure(name: str, search: TokenSearch, size: str, n_tokens: int, n_texts: i
                 with torch.no_grad():
                     model(x, text)
 
-    needs = isinstance(search, GCG | Simplex | Projected)
-    n_products = sum(gradient for _, gradient in record.passes) if needs else 0
+    n_products = 0
+    if isinstance(search, GCG | Simplex | Projected):
+        n_products = sum(gradient for _, gradient in record.passes) * (1 + (getattr(search, "forward", "") == "soft"))
+    if isinstance(search, NearestPGD):
+        n_products = search.n_rounds
     gradient = torch.randn(max(SLOTS * n_texts, 16 if search.padding else 1), width)
 
     def products() -> None:
@@ -150,9 +153,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="*", help="names of searches")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [measure(*case, repeats=3 if options.quick else 5) for case in cases(options.quick)]
+    chosen = [case for case in cases(options.quick) if options.only is None or case[0] in options.only]
+    rows = [measure(*case, repeats=3 if options.quick else 5) for case in chosen]
     machine = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
     if options.json:
         print(json.dumps({"schema": "robust.benchmark/1", "name": "tokens", **machine, "rows": rows}, indent=2))

@@ -191,7 +191,7 @@ class NearestPGD(GradientSearch):
         where = chosen_slots(run)
         everyone = torch.arange(len(run), device=run.device)
         options = options_of(run, everyone, where)
-        unit = float(torch.linalg.vector_norm(options.embedding, dim=1, dtype=torch.float64).mean())
+        unit = float(options.norms().mean())
         draws = self.n_steps + 1 + run.space.ids.shape[1]  # that a round may use
         for number in range(self.n_rounds):
             row = run.active()

@@ -163,6 +163,12 @@ class Options:
             mixed = mixed.reshape(*self.where.shape, -1)
         return mixed + own * self.embedding[self._own_token].to(mixed.dtype)
 
+    def norms(self) -> Tensor:
+        """Return (V,) the norms of all embeddings."""
+        norm = torch.linalg.vector_norm(self.embedding, dim=1, dtype=self.dtype) if self._norm is None else self._norm
+        self._norm = norm
+        return norm
+
     def nearest(self, points: Tensor, *, metric: str, other_than: Tensor | None = None) -> Tensor:
         """Return (b, m) the columns whose embeddings are nearest to points (b, m, D).
 
@@ -171,8 +177,7 @@ class Options:
             metric: ``"cosine"`` or ``"euclidean"``.
             other_than: (b, m) tokens to pass over.
         """
-        norm = torch.linalg.vector_norm(self.embedding, dim=1, dtype=self.dtype) if self._norm is None else self._norm
-        self._norm = norm
+        norm = self.norms()
         length = torch.cat([norm[self.space.table.clamp(min=0)][self._table_row], norm[self._own_token][..., None]], 2)
         score = self.scores(points)
         nearness = score / length.clamp(min=1e-12) if metric == "cosine" else score - length.square() / 2
