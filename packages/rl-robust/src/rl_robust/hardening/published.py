@@ -2,7 +2,8 @@
 
 ``hopper``, ``walker2d``, ``halfcheetah``, ``ant``: :mod:`rl_robust.nondominated.recipes`; ``cartpole``, ``pong``,
 ``freeway``, ``mountain-car``: :data:`rl_robust.train_smoothed.RECIPES`; ``cartpole-ppo``: PPO as the zoo of
-stable-baselines3 has it (its learning rate and clipping fall linearly; here they are constant, at half), radius ours.
+stable-baselines3 has it, but for learning rate and clipping, which fall linearly there from 1e-3 and 0.2 (here the rate
+begins at 5e-4, and clipping stays at 0.1), radius ours.
 """
 
 from __future__ import annotations
