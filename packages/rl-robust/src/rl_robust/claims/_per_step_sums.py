@@ -35,7 +35,8 @@ __all__ = ["transformer"]
 BASE, LENGTH = 5, 4
 HABIT = 0.3
 TRAINED, TESTED, SAMPLES, K, ROLLOUTS = 250, 1_000, 8, 5, 10
-BETA, STEPS, TAUGHT = 0.3, 150, 500
+BETA, STEPS, TAUGHT = 0.3, 150, 5_000
+"""500 steps teach the sums from some random weights, and leave the model at chance from others."""
 
 
 def _digits(n: int, seed: int) -> Tensor:
