@@ -43,7 +43,6 @@ from robust_core.checks import check_count, check_number
 from robust_core.claim import versions
 from robust_core.evaluation.arrays import save_arrays
 from robust_core.evaluation.metrics.estimate import Estimate, mean
-from robust_core.evaluation.sections.base import number
 from robust_core.io import write_atomic, write_json
 from robust_core.models import fingerprint
 from robust_core.random import Seed, derive, resolve_seed
@@ -128,7 +127,7 @@ class Comparison:
         for column in self.document["columns"]:
             cell = row["cells"].get(column)
             half = "" if cell is None or cell["interval"] is None else _half(cell)
-            shown.append("–" if cell is None else f"{number(cell['value'])}{half}")
+            shown.append("–" if cell is None else f"{_compact(cell['value'])}{half}")
         return shown
 
     def text(self) -> str:
@@ -155,7 +154,11 @@ class Comparison:
 
 def _half(cell: Mapping[str, Any]) -> str:
     half = (cell["interval"][1] - cell["interval"][0]) / 2
-    return f" ± {number(half) if half >= 100 else f'{half:.2g}'}"
+    return f" ± {_compact(half) if half >= 100 else f'{half:.2g}'}"
+
+
+def _compact(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def compare(

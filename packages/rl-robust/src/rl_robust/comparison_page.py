@@ -64,7 +64,7 @@ def _cards(d: Mapping[str, Any]) -> list[Card]:
 
 def _short(d: Mapping[str, Any]) -> list[str]:
     """Return short headers: which threat each column is of; the caption says how large."""
-    episode = {EPISODE: "worst found · episode", CERTIFIED: "certified · episode"}
+    episode = {EPISODE: "worst · episode", CERTIFIED: "certified · episode"}
     return [column if column == NATURAL else episode.get(column, f"{column} · step") for column in d["columns"]]
 
 
