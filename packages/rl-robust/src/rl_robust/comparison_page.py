@@ -91,7 +91,7 @@ def _table(found: Comparison) -> Section:
     families = {
         "MAD": "MAD is maximal action difference",
         "RS": "RS is robust Sarsa, with and without MAD",
-        "learned": f"learned are SA-RL and PA-AD, trained for {d['details']['attack_steps']:,} steps against each policy",
+        "learned": f"learned are SA-RL and PA-AD, each trained for {d['details']['attack_steps']:,} steps",
     }
     told = "; ".join(text for family, text in families.items() if family in d["columns"])
     text = f"Mean return of an episode. Each attack plays the same episodes; of a family the worst counts. {told}."
