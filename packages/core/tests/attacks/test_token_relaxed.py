@@ -437,3 +437,21 @@ def test_vectors_need_gradients_and_fitting_starts():
         SoftTokens().run(TokenProblem(space, lambda ids, text: ids.double().sum(1)))
     with pytest.raises(ValueError, match="init has shape"):
         SoftTokens(init=torch.zeros(1, 1, D)).run(TokenProblem(space, embedded=smooth, embedding=E))
+
+
+@pytest.mark.parametrize("search", [GCG(n_steps=3, n_candidates=6), GCG(n_steps=3, n_candidates=6, monotone=True),
+                                    NearestPGD(n_rounds=2), Simplex(n_steps=4, check_every=2)], ids=repr)  # fmt: skip
+def test_a_surrogate_guides_and_the_loss_decides(search):
+    space = TokenSpace.vocabulary(torch.zeros(B, T, dtype=torch.int64), torch.ones(B, T, dtype=torch.bool), V)
+
+    def true_loss(ids, text):
+        return (E[ids] * W).sum((1, 2)) + 100.0
+
+    def surrogate(x, text):
+        return (x * W).sum((1, 2)) - 1000.0  # flatters: as a loss it would be a success at once
+
+    problem = TokenProblem(space, loss=true_loss, embedded=surrogate, embedding=E, goal=-500.0)
+    found = search.run(problem, generator=0)
+    assert not found.success.any()
+    assert torch.allclose(found.loss, true_loss(found.ids, None))
+    assert torch.allclose(found.initial_loss, true_loss(space.ids, None))

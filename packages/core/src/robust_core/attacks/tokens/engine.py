@@ -287,8 +287,8 @@ class SearchRun:
     ) -> tuple[Tensor, Tensor]:
         """Return (n,) float64 losses and (n, m, D) gradients with respect to the embeddings at some places.
 
-        The texts count as queried. They are kept if they are best, unless ``embeddings`` stand in for tokens or
-        the loss is stochastic.
+        The texts count as queried. They are kept if they are best, unless ``embeddings`` stand in for tokens, the loss
+        is stochastic, or the problem states its loss apart: then these are the losses of a surrogate.
 
         Args:
             row: (n,) active texts of the run, each once.
@@ -299,7 +299,7 @@ class SearchRun:
         """
         self._require_inside(row, ids)
         losses, gradients = self._passes(row, ids, where, step, embeddings, gradient=True)
-        if embeddings is None and not self.problem.stochastic:
+        if embeddings is None and not self.problem.stochastic and self.problem.loss is None:
             self._record(row, ids, losses, step)
         return losses, gradients
 

@@ -112,6 +112,8 @@ class GCG(GradientSearch):
             best = best_of(text, found, len(row))
             moved = (best < len(text)).nonzero()[:, 0]
             if self.monotone:
+                if run.problem.loss is not None:  # the gradient's losses are those of a surrogate
+                    losses = run.query(row, ids[row], step=step)
                 moved = moved[found[best[moved]] < losses[moved]]
             ids[row[moved]] = tried[best[moved]]
             run.end_step(step)
