@@ -12,6 +12,10 @@ Found over three seeds: the certificate is large (195 of 200 steps at a budget o
 makes it so, and no attack comes near it. What fails is the comparison under attack: PPO without noise also keeps all
 200 steps under every attack tried at a budget of 0.4, so that there is nothing to gain. A weak attack proves nothing
 about it; its certificate, played with the noise, is 65 to 103.
+
+A wider search does not change that: on a held-out seed (1000), 16 directions, diagonals of position, angle and speeds
+among them, over 5, 20, 60, 100 and 200 steps leave the policy without noise at 200 for a budget of 0.4, over 60 steps
+at 200 for 0.8, and at 184 for 1.6.
 """
 
 from __future__ import annotations
