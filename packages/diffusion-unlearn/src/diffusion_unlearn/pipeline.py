@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from robust_core.errors import RobustError
 from robust_core.random import Seed, derive, resolve_seed, stream
 
-__all__ = ["Conditioning", "TextToImage", "UnsupportedPipelineError", "replaced_embeddings"]
+__all__ = ["Conditioning", "SamplerState", "TextToImage", "UnsupportedPipelineError", "replaced_embeddings"]
 
 
 class UnsupportedPipelineError(RobustError):
@@ -64,6 +65,23 @@ class Conditioning:
         return Conditioning(
             *(None if part is None else part.detach() for part in (self.hidden, self.pooled, self.sizes))  # pyright: ignore
         )
+
+
+@dataclass
+class SamplerState:
+    """Where a sampler stands before a step.
+
+    Attributes:
+        latents: (B, C, H, W), scaled as the predictor wants them.
+        t: the time, a scalar.
+        told: (B, C, H, W), what the predictor says of them under the prompt.
+        untold: (B, C, H, W), under the empty prompt.
+    """
+
+    latents: Tensor
+    t: Tensor
+    told: Tensor | None = None
+    untold: Tensor | None = None
 
 
 @contextmanager
@@ -304,20 +322,44 @@ class TextToImage:
         """
         if not 0 <= n_steps < steps:
             raise ValueError(f"n_steps={n_steps}: 0 .. {steps - 1} is needed")
+        path = self.walk(
+            condition, empty, index=index, steps=steps, guidance=guidance, generator=generator, unet=unet
+        )  # fmt: skip
+        state = next(itertools.islice(path, n_steps, None))
+        return state.latents, state.t
+
+    @torch.no_grad()
+    def walk(
+        self,
+        condition: Conditioning,
+        empty: Conditioning,
+        *,
+        index: Sequence[int],
+        steps: int = 50,
+        guidance: float = 3.0,
+        generator: Seed = None,
+        unet: Any = None,
+    ) -> Iterator[SamplerState]:
+        """Run the sampler from fresh noise; yield where it stands before each step.
+
+        A state's predictions are filled in when the next state is asked for, so that whoever stops there does not pay
+        for them. Arguments as in :meth:`partial`.
+        """
         scheduler, seed = copy.deepcopy(self.pipe.scheduler), resolve_seed(generator)
         scheduler.set_timesteps(steps, device=self.device)
         noise = [torch.randn(self.latent_shape, generator=stream(seed, int(i), "trajectory")) for i in index]
         latents = torch.stack(noise).to(self.device, self.dtype) * scheduler.init_noise_sigma
         nothing = empty.expand(len(latents))
         eta = torch.Generator("cpu").manual_seed(derive(seed, "sampler") & 0xFFFFFFFF)
-        for t in scheduler.timesteps[:n_steps]:
-            scaled = scheduler.scale_model_input(latents, t)
-            told, untold = self.predict(scaled, t, condition, unet=unet), self.predict(scaled, t, nothing, unet=unet)
+        for t in scheduler.timesteps:
+            state = SamplerState(scheduler.scale_model_input(latents, t), t)
+            yield state
+            state.told = told = self.predict(state.latents, t, condition, unet=unet)
+            state.untold = untold = self.predict(state.latents, t, nothing, unet=unet)
             step = scheduler.step(
                 untold + guidance * (told - untold), t, latents, return_dict=False, **_noise(scheduler, eta)
             )
             latents = step[0]
-        return scheduler.scale_model_input(latents, scheduler.timesteps[n_steps]), scheduler.timesteps[n_steps]
 
 
 def _noise(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
