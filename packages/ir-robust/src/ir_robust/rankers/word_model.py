@@ -22,6 +22,10 @@ from ir_robust.text import Words
 __all__ = ["EmbeddedWordModel", "WordModel", "padded"]
 
 
+CACHED = 1 << 22
+"""Numbers of word vectors that go through a model together."""
+
+
 def padded(rows: Sequence[Sequence[int]], *, least: int = 1) -> Tensor:
     """Return (B, M) int64 of rows of numbers, filled up at the end with :attr:`Vocabulary.PAD`; M >= ``least``."""
     found = torch.full((len(rows), max([least, *map(len, rows)])), Vocabulary.PAD, dtype=torch.int64)
@@ -99,7 +103,11 @@ class WordModel(nn.Module):
     def score_words(self, query: str, words: Tensor) -> Tensor:
         """Return (B,) scores of (B, M) documents."""
         asked = self.numbers([query])
-        return self(asked.expand(len(words), -1), words.to(asked.device))
+        rows = max(
+            1, CACHED // max(1, words.shape[1] * self.vectors.shape[1])
+        )  # vectors that outgrow the caches are slow
+        parts = words.to(asked.device).split(rows)
+        return torch.cat([self(asked.expand(len(part), -1), part) for part in parts])
 
     def score(self, query: str, docs: Sequence[str]) -> Tensor:
         """Return (N,) scores."""
