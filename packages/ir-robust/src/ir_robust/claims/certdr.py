@@ -19,13 +19,12 @@ BERT-base (``$ROBUST_DATA/models/bert-base-uncased``) as a cross-encoder trained
 search for swaps. PRADA's surrogate is left out: where the best attack is known it is not needed, and greedy search asks
 more of the victim. The abstract's "significantly" has no readable figures, so none are compared.
 
-Found at the quick scale: nine attacked documents in ten enter a plain ranker's top ten, hardened by augmentation or not;
-of the smoothed one's they enter less than one in a hundred, and none where incumbents are kept: what is left is sampling
-noise, for the attack does not move g at all. The gain of augmentation in certified queries changes sign between seeds.
-Training with noise does flatten the scores' noise, but it narrows the gaps between documents too, and a certificate needs
-the ratio of the two; frozen vectors in which synonyms lie close leave little to learn. Reading representatives certifies
-*every* query with one score, so the share of certified queries alone says nothing for smoothing; whether it ranks better
-is not settled by so few seeds.
+Found at the quick scale: nine attacked documents in ten enter a plain ranker's top ten, hardened by augmentation or
+not; of those met by the smoothed one less than one in a hundred does, and none where incumbents are kept: the attack
+does not move g at all, so what is left is sampling noise. The gain of augmentation in certified queries changes sign
+between seeds; we have no measured reason (our guess: frozen vectors that put synonyms side by side leave little to
+learn). Reading representatives certifies *every* query with one score, so the share of certified queries alone speaks
+for nobody; whether smoothing ranks better than that is not settled by so few seeds.
 """
 
 from __future__ import annotations
