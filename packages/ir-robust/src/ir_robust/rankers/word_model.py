@@ -103,9 +103,8 @@ class WordModel(nn.Module):
     def score_words(self, query: str, words: Tensor) -> Tensor:
         """Return (B,) scores of (B, M) documents."""
         asked = self.numbers([query])
-        rows = max(
-            1, CACHED // max(1, words.shape[1] * self.vectors.shape[1])
-        )  # vectors that outgrow the caches are slow
+        # vectors that outgrow the caches are slow
+        rows = max(1, CACHED // max(1, words.shape[1] * self.vectors.shape[1]))
         parts = words.to(asked.device).split(rows)
         return torch.cat([self(asked.expand(len(part), -1), part) for part in parts])
 
