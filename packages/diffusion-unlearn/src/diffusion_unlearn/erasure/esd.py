@@ -1,0 +1,191 @@
+"""Erased Stable Diffusion: the pipeline learns to predict, for a concept, the opposite of what tells it apart.
+
+Gandikota, Materzynska, Fiotto-Kaufman and Bau 2023 (arXiv 2303.07345). With the frozen predictions
+``told = e_o(x_t|c)`` and ``untold = e_o(x_t|)`` on states of the frozen sampler, the edited prediction ``e(x_t|c)`` is
+drawn (:func:`esd_loss`) to the target (:func:`esd_target`):
+
+    paper      untold - eta (told - untold)        1000 steps, learning rate 1e-5, eta 1
+    released   told   - eta (told - untold)        200 steps, learning rate 5e-5, eta 2: the present code's defaults
+
+They are one family: eta of the first is eta of the second less 1. The part that is trained: ``"x"`` (cross-attention,
+for styles), ``"u"`` (all other layers, for objects and nudity), ``"full"``, others of
+:data:`~diffusion_unlearn.erasure.parts.UNET_PARTS`, or ``"text_encoder"``.
+
+Departures: the square norm is a mean over entries, as in all released code; states come from a pool, several of one
+trajectory (see :mod:`diffusion_unlearn.trajectories`), and the frozen model draws them throughout.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_unlearn.erasure.parts import UNET_PARTS, check_concepts, edited_copy, encoder_parameters, unet_parameters
+from diffusion_unlearn.erasure.training import ErasureObjective, OnStep, train
+from diffusion_unlearn.trajectories import TrajectoryPool
+from robust_core.checks import check_choice, check_count, check_number
+from robust_core.random import Seed, stream
+from robust_core.training import Batch, Loss
+
+__all__ = ["ESD", "ESDObjective", "esd_loss", "esd_target"]
+
+FORMS = ("paper", "released")
+
+
+def esd_target(told: Tensor, untold: Tensor, eta: float = 1.0, *, form: str = "paper") -> Tensor:
+    """Return what the edited model shall predict for the concept.
+
+    Args:
+        told: (B, C, H, W) frozen predictions under the concept.
+        untold: (B, C, H, W) under the empty prompt.
+        eta: strength.
+        form: ``"paper"`` starts from ``untold``, ``"released"`` from ``told``.
+    """
+    check_choice("form", form, FORMS)
+    return (untold if form == "paper" else told) - eta * (told - untold)
+
+
+def esd_loss(student: Tensor, told: Tensor, untold: Tensor, *, eta: float = 1.0, form: str = "paper") -> Tensor:
+    """Return (B,) mean square distances of the student's predictions from :func:`esd_target`."""
+    return (student - esd_target(told, untold, eta, form=form)).square().flatten(1).mean(1)
+
+
+class ESDObjective(ErasureObjective):
+    """The loss of ESD on random states of a pool.
+
+    Args:
+        pipe: the pipeline that is edited.
+        pool: states of the concept's prompts, drawn from the unedited pipeline.
+        component: ``"unet"`` or ``"text_encoder"``.
+        parameters: those that are trained.
+        eta: strength.
+        form: see :func:`esd_target`.
+        batch_size: states in a step.
+        generator: seed.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        pool: TrajectoryPool,
+        component: str,
+        *,
+        parameters: Sequence[nn.Parameter],
+        eta: float = 1.0,
+        form: str = "paper",
+        batch_size: int = 1,
+        generator: Seed = None,
+    ) -> None:
+        super().__init__(pipe, component, parameters, generator=generator)
+        self.pool, self.eta, self.form = pool.to(self.parts.device), eta, check_choice("form", form, FORMS)
+        self.batch_size, self.frozen = check_count("batch_size", batch_size), self.frozen_conditions(pool)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Loss:
+        """Return the loss of one step; ``batch`` may be empty."""
+        draw = stream(self.step_seed(batch), 0, "esd")
+        rows = torch.randint(len(self.pool.prompts), (self.batch_size,), generator=draw)
+        states = self.pool.sample(rows, generator=draw)
+        found = self.student(model, states, self.told(model, self.pool, rows, self.frozen))
+        loss = esd_loss(found, states.told, states.untold, eta=self.eta, form=self.form).mean()
+        return Loss(loss, {"erase": loss.detach()})
+
+
+@dataclass(frozen=True)
+class ESD:
+    """Erase a concept from a pipeline; see the module.
+
+    Args:
+        concept: prompts that stand for it, one or several (a word alone need not carry over to sentences with it).
+        part: what is trained, one of :data:`~diffusion_unlearn.erasure.parts.UNET_PARTS` or ``"text_encoder"``.
+        form: ``"paper"`` or ``"released"``.
+        eta: strength; None means the form's own (1, 2).
+        n_steps: steps of Adam; None means the form's own (1000, 200).
+        lr: learning rate; None means the form's own (1e-5, 5e-5).
+        batch_size: states in a step.
+        layers: of the text encoder.
+        generator: seed.
+    """
+
+    concept: str | Sequence[str]
+    part: str = "x"
+    form: str = "paper"
+    eta: float | None = None
+    n_steps: int | None = None
+    lr: float | None = None
+    batch_size: int = 1
+    layers: str | Sequence[int] = "all"
+    generator: int | None = None
+
+    def __post_init__(self) -> None:
+        check_concepts(self.concept)
+        check_choice("part", self.part, (*UNET_PARTS, "text_encoder"))
+        check_choice("form", self.form, FORMS)
+        released = self.form == "released"
+        defaults = {"eta": 2.0 if released else 1.0, "n_steps": 200 if released else 1000}
+        defaults["lr"] = 5e-5 if released else 1e-5
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        check_number("eta", cast(float, self.eta))
+        check_count("n_steps", cast(int, self.n_steps))
+        check_number("lr", cast(float, self.lr), low=0, open_low=True)
+        check_count("batch_size", self.batch_size)
+
+    @property
+    def component(self) -> str:
+        """The part of the pipeline that is trained."""
+        return "text_encoder" if self.part == "text_encoder" else "unet"
+
+    def pool(self, pipe: Any, n: int = 4, *, steps: int = 50, guidance: float = 3.0) -> TrajectoryPool:
+        """Return states of the concept's prompts, ``n`` trajectories for each; see :class:`TrajectoryPool`."""
+        concepts = check_concepts(self.concept)
+        return TrajectoryPool.draw(pipe, concepts, n, steps=steps, guidance=guidance, generator=self.generator)
+
+    def objective(self, pipe: Any, *, pool: TrajectoryPool | None = None) -> ESDObjective:
+        """Return the objective on ``pipe`` itself, for a loop of one's own.
+
+        Args:
+            pipe: what will be changed; not yet edited if no pool is given.
+            pool: states; None draws them now.
+        """
+        pool = self.pool(pipe) if pool is None else pool
+        if self.component == "unet":
+            parameters = unet_parameters(pipe.unet, self.part)
+        else:
+            parameters = encoder_parameters(pipe.text_encoder, self.layers)
+        return ESDObjective(
+            pipe, pool, self.component, parameters=list(parameters.values()), eta=cast(float, self.eta), form=self.form,
+            batch_size=self.batch_size, generator=self.generator,
+        )  # fmt: skip
+
+    def fit(
+        self,
+        pipe: Any,
+        *,
+        pool: TrajectoryPool | None = None,
+        copy: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
+        precision: str = "float32",
+        on_step: OnStep | None = None,
+    ) -> Any:
+        """Return the edited pipeline; all parts but the trained one are shared with ``pipe``.
+
+        Args:
+            pipe: an unedited pipeline.
+            pool: its states; None draws them now.
+            copy: False changes ``pipe`` itself.
+            checkpoint: folder; a run that was interrupted goes on from there.
+            precision: "float32", "bf16" or "fp16".
+            on_step: called with (state, loss).
+        """
+        result = edited_copy(pipe, self.component) if copy else pipe
+        train(
+            self.objective(result, pool=pool), n_steps=cast(int, self.n_steps), lr=cast(float, self.lr), recipe=self,
+            checkpoint=checkpoint, precision=precision, on_step=on_step,
+        )  # fmt: skip
+        return result
