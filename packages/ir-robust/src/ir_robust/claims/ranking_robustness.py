@@ -3,9 +3,9 @@
 Data: Cranfield (225 queries, 1,400 abstracts); as unseen corpora Vaswani (93 queries, 11,429 abstracts) and the Lee
 corpus (50 news texts). Models: BM25 (English stop words, no stemming; statistics of the corpus at hand), MiniLM as a
 bi-encoder that reads 160 tokens and is not trained here, K-NRM and DRMM on frozen word vectors (MiniLM's input table),
-trained on queries of Cranfield by folds. All re-rank the first documents of BM25; the measure is nDCG@10. A seed is a training, its folds,
-one draw of typos and of targets. Attacked documents: irrelevant ones of the ranks 11 to 30, synonyms (mutual
-counter-fitted neighbours), the best change again and again, a tenth of the words.
+trained on queries of Cranfield by folds. All re-rank the first documents of BM25; the measure is nDCG@10. A seed is a
+training, its folds, one draw of typos and of targets. Attacked documents: irrelevant ones of the ranks 11 to 30,
+synonyms (mutual counter-fitted neighbours), the best change again and again, a tenth of the words.
 
 Quick scale: 3 folds, 50 candidates, vectors reduced to their 128 leading directions, 4 targets for each of 45 queries;
 MiniLM is not attacked by synonyms, a thousand calls of a transformer for each page being more than two cores can do, so
