@@ -24,7 +24,7 @@ not; of those met by the smoothed one less than one in a hundred does, and none 
 does not move g at all, so what is left is sampling noise. The gain of augmentation in certified queries changes sign
 between seeds; we have no measured reason (our guess: frozen vectors that put synonyms side by side leave little to
 learn). Reading representatives certifies *every* query with one score, so the share of certified queries alone speaks
-for nobody; whether smoothing ranks better than that is not settled by so few seeds.
+for nobody; whether smoothing ranks better than that is not settled by ten seeds.
 """
 
 from __future__ import annotations
