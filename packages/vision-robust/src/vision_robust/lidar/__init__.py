@@ -1,0 +1,1 @@
+"""Point clouds: data, corruptions, perception under noise, and training that withstands it."""

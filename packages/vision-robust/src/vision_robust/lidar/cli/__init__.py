@@ -1,0 +1,5 @@
+"""``robust lidar``: simulate, corrupt, evaluate and harden perception of point clouds."""
+
+from vision_robust.lidar.cli.app import app
+
+__all__ = ["app"]
