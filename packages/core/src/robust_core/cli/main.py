@@ -14,6 +14,7 @@ import typer
 
 from robust_core import __version__
 from robust_core.cli import console
+from robust_core.cli.verbs import Json
 from robust_core.errors import MissingExtraError, ResourceError, RobustError
 
 __all__ = ["app", "main"]
@@ -29,7 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Attack, harden, certify and evaluate learned systems.",
 )
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
 
 def _version(value: bool) -> None:

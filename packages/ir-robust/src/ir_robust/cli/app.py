@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,12 +9,13 @@ import typer
 
 from ir_robust.cli.words import ATTACKS, BOUNDS, EMPTY, FOLDERS, READY, RULES, check, listed
 from robust_core.cli import console
+from robust_core.cli.verbs import Device, Json, Seed, command, show
 from robust_core.words import check_word
 
 if TYPE_CHECKING:
-    from ir_robust.report import RankingReport
+    pass
 
-__all__ = ["app", "command"]
+__all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Attack, certify and evaluate your own ranker.")
 
@@ -47,37 +46,15 @@ Synonyms = Annotated[
 Edges = Annotated[str, typer.Option(help="mutual (both words name each other) or either.")]
 Threshold = Annotated[float, typer.Option(help="Least similarity of vectors that are synonyms.")]
 Cap = Annotated[int, typer.Option(min=1, help="Words that one word is drawn from, at most.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")]
 Resume = Annotated[Path | None, typer.Option(help="File of finished queries: the same command goes on from there.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for result.json, report.html, runs and more.")]
 OutRun = Annotated[Path, typer.Option("--out", "-o", help="TREC run to write.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 MEASURES = "nDCG@10,AP@100,RR@10"
 
 
 @app.callback()
 def _root() -> None:
     """Attack, certify and evaluate your own ranker."""
-
-
-def command() -> str:
-    """Return the command that is running, to run it again."""
-    return shlex.join(["robust", *sys.argv[1:]])
-
-
-def _show(report: RankingReport, out: Path | None, json: bool) -> None:
-    if out is not None:
-        report.save(out)
-    document = report.document
-    if json:
-        console.emit_json(document)
-        return
-    console.figures_table(document["figures"], title=f"{document['model']} on {document['data']}")
-    for flag in document["flags"]:
-        console.info(f"flag: {flag}")
-    if out is not None:
-        console.info(f"report: {out / 'report.html'}")
 
 
 def _told(run: Path, n_queries: int, depth: int, data: str, json: bool) -> None:
@@ -206,7 +183,7 @@ def evaluate(
     result = evaluate_runs(
         runs, judged, listed("--measures", measures), tau=tau, generator=seed, command=command(), **about
     )
-    _show(result, out, json)
+    show(result, out, json)
 
 
 @app.command()
@@ -266,7 +243,7 @@ def attack(
             batch_size=batch_size, generator=seed, resume=resume, name=ranker, device=str(chosen), command=command(),
             on_step=report,
         )  # fmt: skip
-    _show(result, out, json)
+    show(result, out, json)
 
 
 @app.command()
@@ -328,4 +305,4 @@ def certify(
             threshold=threshold if synonyms.startswith("vectors:") else None, edges=kind, name=ranker,
             device=str(chosen), command=command(), resume=resume, on_step=report, **settings,
         )  # fmt: skip
-    _show(result, out, json)
+    show(result, out, json)

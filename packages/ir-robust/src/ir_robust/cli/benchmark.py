@@ -10,22 +10,19 @@ import typer
 from ir_robust.cli.app import (
     Corpus,
     Depth,
-    Device,
     Edges,
     Empty,
     Fields,
-    Json,
     QrelsFile,
     RunFile,
-    Seed,
     Synonyms,
     Threshold,
     Topics,
     app,
-    command,
 )  # fmt: skip
 from ir_robust.cli.words import ATTACKS, BM25, TASKS, check, listed
 from robust_core.cli import console
+from robust_core.cli.verbs import Device, Json, Seed, command
 from robust_core.words import check_word
 
 __all__ = ["benchmark"]

@@ -11,22 +11,19 @@ from ir_robust.cli.app import (
     Cap,
     Corpus,
     Depth,
-    Device,
     Edges,
     Empty,
     Fields,
-    Json,
     QrelsFile,
     RunFile,
-    Seed,
     Synonyms,
     Threshold,
     Topics,
     app,
-    command,
 )  # fmt: skip
 from ir_robust.cli.words import FOLDERS, MODELS, check, check_vectors, split_ranker
 from robust_core.cli import console
+from robust_core.cli.verbs import Device, Json, Seed, command
 from robust_core.words import check_word
 
 if TYPE_CHECKING:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -12,11 +10,12 @@ import typer
 
 from rl_robust.cli.words import ATTACKS, check, listed
 from robust_core.cli import console
+from robust_core.cli.verbs import Device, Json, Seed, command, show
 
 if TYPE_CHECKING:
-    from rl_robust.evaluation import PolicyReport
+    pass
 
-__all__ = ["app", "command"]
+__all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Attack, certify and evaluate your own policy.")
 
@@ -56,38 +55,16 @@ Lower = Annotated[
 ]
 Alpha = Annotated[float, typer.Option(help="Failure probability of the whole certificate.")]
 AttackSteps = Annotated[int, typer.Option(min=1, help="Environment steps in which sa-rl and pa-ad are trained.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 NEnvs = Annotated[int, typer.Option(min=1, help="Environments side by side; no figure depends on it.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes; no figure depends on it.")]
 Render = Annotated[bool, typer.Option("--render", help="Show images of an episode, where the environment draws them.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")]
 Resume = Annotated[Path | None, typer.Option(help="Folder for finished episodes: the same command goes on from there.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for result.json, per_episode.npz, report.html.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 
 
 @app.callback()
 def _root() -> None:
     """Attack, certify and evaluate your own policy."""
-
-
-def command() -> str:
-    """Return the command as the user could type it again, without the path of the program."""
-    return shlex.join(["robust", *sys.argv[1:]])
-
-
-def _show(report: PolicyReport, out: Path | None, json: bool) -> None:
-    if out is not None:
-        report.save(out)
-    if json:
-        console.emit_json(report.document)
-        return
-    document = report.document
-    console.figures_table(document["figures"], title=f"{document['model']} on {document['data']}")
-    for flag in document["flags"]:
-        console.info(f"flag: {flag}")
-    if out is not None:
-        console.info(f"report: {out / 'report.html'}")
 
 
 def _measure(
@@ -135,7 +112,7 @@ def _measure(
             victim, found.task, chosen, generator=seed, name=policy, command=command(), on_step=report, sigma=noise,
             backend="processes" if workers > 1 else "here", workers=workers, certify=certify, lower=lower, **more,
         )  # fmt: skip
-    _show(done, out, json)
+    show(done, out, json)
 
 
 def _certified(eps: Sequence[float] | None, sigma: float, lower: float | None) -> Sequence[float]:

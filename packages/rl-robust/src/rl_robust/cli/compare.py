@@ -10,23 +10,20 @@ import typer
 
 from rl_robust.cli.app import (
     Alpha,
-    Device,
     Env,
     EnvSet,
     Frames,
-    Json,
     Lower,
     MaxSteps,
     Norm,
     NormaliserFile,
     Scale,
-    Seed,
     app,
-    command,
 )
 from rl_robust.cli.words import ATTACKS, check, listed
 from rl_robust.hardening import METHODS
 from robust_core.cli import console
+from robust_core.cli.verbs import Device, Json, Seed, command
 from robust_core.words import check_word, parse_eps
 
 __all__ = ["compare"]

@@ -8,22 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from rl_robust.cli.app import (
-    Device,
     Env,
     EnvSet,
     Frames,
-    Json,
     MaxSteps,
     Norm,
     NormaliserFile,
     Scale,
-    Seed,
     app,
-    command,
 )
 from rl_robust.cli.words import check
 from rl_robust.hardening import METHODS
 from robust_core.cli import console
+from robust_core.cli.verbs import Device, Json, Seed, command
 from robust_core.words import check_word
 
 __all__ = ["harden", "settings"]

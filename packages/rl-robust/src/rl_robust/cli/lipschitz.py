@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from rl_robust.cli.app import EnvSet, Json, MaxSteps, NormaliserFile, Scale, Seed, app
+from rl_robust.cli.app import EnvSet, MaxSteps, NormaliserFile, Scale, app
 from rl_robust.cli.words import check
 from robust_core.cli import console
+from robust_core.cli.verbs import Json, Seed, command
 from robust_core.errors import ResourceError
 from robust_core.words import check_word
 
@@ -97,7 +96,7 @@ def imitate(
         "expert": told, "slope": slope, "episodes": episodes,
         "rows": [asdict(row) | {"worst": row.worst} for row in rows],
         "policies": folders, "seed": seed, "seconds": round(time.perf_counter() - started, 3), "versions": versions(),
-        "command": shlex.join(["robust", *sys.argv[1:]]),
+        "command": command(),
     }  # fmt: skip
     write_atomic(out / "report.html", render(document, rows))
     write_json(out / "result.json", document)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from rl_robust.cli.app import Device, Json, Seed, app
+from rl_robust.cli.app import app
 from rl_robust.cli.words import check
 from robust_core.cli import console
+from robust_core.cli.verbs import Device, Json, Seed, command
 from robust_core.errors import ResourceError
 from robust_core.words import check_module, check_word
 
@@ -351,7 +350,7 @@ def _finish(
         "schema": schema, "method": method, "model": str(out / "model"), "model_sha256": fingerprint(found.model),
         "figures": figures, "flags": flags or [], "details": details, "seed": seed,
         "seconds": round(time.perf_counter() - started, 3), "versions": versions(),
-        "command": shlex.join(["robust", *sys.argv[1:]]),
+        "command": command(),
     }  # fmt: skip
     write_json(out / "result.json", document)
     if json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from robust_core.cli import console
+from robust_core.cli.verbs import Device, Json, Seed, command, show
 from vision_robust.cli.words import CERTIFIERS, check
 from vision_robust.recipes import methods_of
 
@@ -45,8 +45,6 @@ N = Annotated[int | None, typer.Option("--n", min=1, help="Use this many evenly 
 Norm = Annotated[str, typer.Option(help="linf, l2 or l1.")]
 Eps = Annotated[str, typer.Option(help="Radius in the units of the image in [0, 1]; fractions such as 8/255 are fine.")]
 Version = Annotated[str, typer.Option(help="AutoAttack: standard, plus, rand or fast (a quick look, marked as such).")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Inputs in one pass; results do not depend on it.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for result.json, per_sample.npz, report.html.")]
 Resume = Annotated[Path | None, typer.Option(help="Folder for finished batches: the same command goes on from there.")]
@@ -54,12 +52,6 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method's own; `robust vision settings METHOD`."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
-
-
-def _command() -> str:
-    """The command as the user could type it again, without the path of the program."""
-    return shlex.join(["robust", *sys.argv[1:]])
 
 
 def _measure(setting: Setting, parts: Sequence[Any], *, resume: Path | None, out: Path | None, json: bool) -> Report:
@@ -75,22 +67,13 @@ def _measure(setting: Setting, parts: Sequence[Any], *, resume: Path | None, out
             device=setting.device,
             resume=resume,
             name=setting.name,
-            command=_command(),
+            command=command(),
             on_step=report,
         )
     asked = sum(int(getattr(part, "queries", 0)) for part in setting.model.modules() if hasattr(part, "max_queries"))
     if asked:
         console.info(f"{asked} queries were made of the black box")
-    if out is not None:
-        found.save(out)
-    if json:
-        console.emit_json(found.document)
-    else:
-        console.figures_table(found.document["figures"], title=f"{setting.name} on {setting.data.name}")
-        for flag in found.document["flags"]:
-            console.info(f"flag: {flag}")
-        if out is not None:
-            console.info(f"report: {out / 'report.html'}")
+    show(found, out, json)
     return found
 
 
@@ -260,7 +243,7 @@ def harden(
     settings = verb.HardenSettings(
         out=out, model=model, weights=weights, data=data, root=root, size=size, n=n, norm=norm, eps=eps, sigma=sigma,
         epochs=epochs, learning_rate=learning_rate, precision=precision, seed=seed, device=device,
-        batch_size=batch_size, command=_command(),
+        batch_size=batch_size, command=command(),
     )  # fmt: skip
     with console.progress() as report:
         result = verb.harden(settings, method, own or (), on_step=report)
@@ -303,7 +286,7 @@ def explain(
     )  # fmt: skip
     train = load_data(data, split=None, part="train", n=None, **where)
     with console.progress() as report:
-        result = tell(method, setting, train, own or (), target=target, out=out, command=_command(), on_step=report)
+        result = tell(method, setting, train, own or (), target=target, out=out, command=command(), on_step=report)
     if json:
         console.emit_json(result)
     else:
