@@ -7,7 +7,8 @@ stored without them (:func:`facts`). In every verdict ``hit`` is exactly ``score
 * :class:`ClassifierJudge`: a network or an estimator of scikit-learn; the concept is among the ``top_k`` classes, or
   its probability is above a threshold.
 * :func:`judge_digit`: for the digits of :mod:`diffusion_unlearn.digits`.
-* :mod:`diffusion_unlearn.detectors`: CLIP without training, and NudeNet if the user has installed it.
+* :class:`~diffusion_unlearn.clip.ClipJudge`: texts against each other; :class:`~diffusion_unlearn.nudity.NudeNetJudge`,
+  if the user has installed it.
 
 :func:`ask` is how methods call a judge: it refuses pictures and verdicts that cannot be meant.
 """
