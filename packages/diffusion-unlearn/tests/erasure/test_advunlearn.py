@@ -23,11 +23,11 @@ METHOD = AdvUnlearn(
 
 @pytest.fixture(scope="module")
 def pools(untrained: Any) -> Pools:
-    return METHOD.pools(untrained, 2, keep=2, steps=4)
+    return METHOD.pool(untrained, 2, keep=2, steps=4)
 
 
 def objective(pipe: Any, pools: Pools, **more: Any) -> AdvUnlearnObjective:
-    return replace(METHOD, **more).objective(pipe, pools=pools)
+    return replace(METHOD, **more).objective(pipe, pool=pools)
 
 
 def moved(pipe: Any) -> Any:
@@ -77,7 +77,7 @@ def test_the_attack_starts_at_a_token_and_lowers_its_loss(untrained: Any, pools:
         states = pools[0].sample(torch.zeros(32, dtype=torch.int64), generator=torch.Generator().manual_seed(9))
         with torch.no_grad():
             condition = made.attacked_condition(made.model, 0, vectors).expand(32)
-            return float((made.student(made.model, states, condition) - states.told).square().mean())
+            return float((made.of_states(made.model, states, condition) - states.told).square().mean())
 
     still = objective(untrained, pools, attack=SoftTokens(n_steps=0))
     start = still.attack(still.model, 0, 5)
@@ -138,9 +138,9 @@ def test_gradients_reach_the_chosen_layers_and_nothing_else(untrained: Any, pool
 @pytest.mark.parametrize("more", [{}, {"mode": "iterative", "start": "latest", "attack_every": 2}, {"part": "x"}])
 def test_a_run_goes_on_where_it_stopped(untrained: Any, pools: Pools, tmp_path: Path, more: dict[str, Any]) -> None:
     method = replace(METHOD, **more)
-    whole = method.fit(untrained, pools=pools)
-    method.fit(untrained, pools=pools, checkpoint=tmp_path, on_step=lambda state, loss: state.step < 3)
-    resumed = method.fit(untrained, pools=pools, checkpoint=tmp_path)
+    whole = method.fit(untrained, pool=pools)
+    method.fit(untrained, pool=pools, checkpoint=tmp_path, on_step=lambda state, loss: state.step < 3)
+    resumed = method.fit(untrained, pool=pools, checkpoint=tmp_path)
     changed = False
     for name in ("unet", "text_encoder"):
         for key, value in getattr(whole, name).state_dict().items():
@@ -183,7 +183,7 @@ def test_bad_arguments_are_named(untrained: Any, pools: Pools, monkeypatch: pyte
     bare = copy.copy(untrained)
     bare.text_encoder = None
     with pytest.raises(UnsupportedPipelineError, match="no text_encoder"):
-        METHOD.pools(bare)
+        METHOD.pool(bare)
     monkeypatch.setattr(TextToImage, "is_xl", True)
     with pytest.raises(UnsupportedPipelineError, match="two text encoders"):
         objective(untrained, pools)

@@ -24,9 +24,10 @@ Left out: two text encoders (XL), where one alone cannot unlearn.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -41,7 +42,7 @@ from diffusion_unlearn.erasure.parts import (
     encoder_parameters,
     unet_parameters,
 )
-from diffusion_unlearn.erasure.training import ErasureObjective, OnStep, train
+from diffusion_unlearn.erasure.training import ErasureObjective, Progress, TrainedErasure
 from diffusion_unlearn.pipeline import Conditioning, UnsupportedPipelineError
 from diffusion_unlearn.trajectories import TrajectoryPool
 from robust_core.attacks.tokens import SoftTokens, TokenProblem, TokenSpace, insert_slots
@@ -61,7 +62,7 @@ def retain_loss(student: Tensor, told: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AdvUnlearn:
+class AdvUnlearn(TrainedErasure):
     """Erase a concept against an attacker; see the module.
 
     Args:
@@ -128,7 +129,26 @@ class AdvUnlearn:
         """The part of the pipeline that is trained."""
         return "text_encoder" if self.part == "text_encoder" else "unet"
 
-    def pools(self, pipe: Any, n: int = 4, *, keep: int = 10, steps: int = 50, guidance: float = 3.0) -> Pools:
+    @property
+    def optimiser_steps(self) -> int:
+        """Steps of the optimiser: in iterative mode, two for each erasing step."""
+        return (2 if self.mode == "iterative" and self.gamma > 0 else 1) * self.n_steps
+
+    @property
+    def learning_rate(self) -> float:
+        """Of Adam."""
+        return self.lr
+
+    def pool(
+        self,
+        pipe: Any,
+        n: int = 4,
+        *,
+        keep: int = 10,
+        steps: int = 50,
+        guidance: float = 3.0,
+        progress: Progress | None = None,
+    ) -> Pools:
         """Return states of the concept's prompts (n trajectories for each) and of the retained (one, ``keep`` states).
 
         Args:
@@ -137,50 +157,41 @@ class AdvUnlearn:
             keep: states of each retained trajectory.
             steps: of the sampler.
             guidance: its scale.
+            progress: called with (what is drawn, trajectories done, in all).
         """
         seed = derive(self.generator or 0, "advunlearn pools")
         settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "generator": seed}
-        concept = TrajectoryPool.draw(pipe, check_concepts(self.concept), n, **settings)
-        kept = min(keep, steps)
-        retained = TrajectoryPool.draw(pipe, self.retain, keep=kept, **settings) if self.gamma > 0 else None
-        return concept, retained
 
-    def objective(self, pipe: Any, *, pools: Pools | None = None) -> AdvUnlearnObjective:
+        def report(what: str) -> Any:
+            return None if progress is None else partial(progress, what)
+
+        concept = TrajectoryPool.draw(
+            pipe, check_concepts(self.concept), n, on_step=report("states of the concept"), **settings
+        )
+        if self.gamma == 0:
+            return concept, None
+        kept = report("states of retained prompts")
+        return concept, TrajectoryPool.draw(pipe, self.retain, keep=min(keep, steps), on_step=kept, **settings)
+
+    def keep_pool(self, pool: Pools, folder: Path) -> None:
+        """Write both pools."""
+        for name, part in zip(("concept", "retained"), pool, strict=True):
+            if part is not None:
+                part.save(folder / name)
+
+    def kept_pool(self, folder: Path) -> Pools:
+        """Read both pools."""
+        concept, retained = folder / "concept", folder / "retained"
+        return TrajectoryPool.load(concept), TrajectoryPool.load(retained) if self.gamma > 0 else None
+
+    def objective(self, pipe: Any, *, pool: Pools | None = None) -> AdvUnlearnObjective:
         """Return the objective on ``pipe`` itself, for a loop of one's own.
 
         Args:
-            pipe: what will be changed; not yet edited if no pools are given.
-            pools: of the concept and of the retained prompts; None draws them now.
+            pipe: what will be changed; not yet edited if no pool is given.
+            pool: of the concept and of the retained prompts; None draws them now.
         """
-        return AdvUnlearnObjective(pipe, self, self.pools(pipe) if pools is None else pools)
-
-    def fit(
-        self,
-        pipe: Any,
-        *,
-        pools: Pools | None = None,
-        copy: bool = True,
-        checkpoint: str | os.PathLike[str] | None = None,
-        precision: str = "float32",
-        on_step: OnStep | None = None,
-    ) -> Any:
-        """Return the edited pipeline; all parts but the trained one are shared with ``pipe``.
-
-        Args:
-            pipe: an unedited pipeline.
-            pools: see :meth:`objective`.
-            copy: False changes ``pipe`` itself.
-            checkpoint: folder; a run that was interrupted goes on from there.
-            precision: "float32", "bf16" or "fp16".
-            on_step: called with (state, loss).
-        """
-        result = edited_copy(pipe, self.component) if copy else pipe
-        turns = 2 if self.mode == "iterative" and self.gamma > 0 else 1
-        train(
-            self.objective(result, pools=pools), n_steps=turns * self.n_steps, lr=self.lr, recipe=self,
-            checkpoint=checkpoint, precision=precision, on_step=on_step,
-        )  # fmt: skip
-        return result
+        return AdvUnlearnObjective(pipe, self, self.pool(pipe) if pool is None else pool)
 
 
 Pools = tuple[TrajectoryPool, TrajectoryPool | None]
@@ -214,8 +225,8 @@ class AdvUnlearnObjective(ErasureObjective):
         self.method, self.concept = method, concept.to(device)
         self.retained = retained.to(device) if retained is not None else None
         self.spaces = [self._space(prompt) for prompt in concept.prompts]
-        self.frozen = self.frozen_conditions(concept)
-        self.frozen_retained = None if retained is None else self.frozen_conditions(retained)
+        self.frozen = self.frozen_conditions(concept.prompts)
+        self.frozen_retained = None if retained is None else self.frozen_conditions(retained.prompts)
         width = self.parts.embedding_table.shape[1]
         self.register_buffer("vectors", torch.zeros(1, method.k, width, device=device))
         self.register_buffer("attacked", torch.zeros((), dtype=torch.int64))  # the step of the last attack, plus 1
@@ -248,7 +259,7 @@ class AdvUnlearnObjective(ErasureObjective):
             rows = torch.full((method.batch_size,), row)
             states = self.concept.sample(rows, generator=stream(seed, draw, "attack"))
             condition = self.condition(model, ids=[self.spaces[row].ids], embeddings=embeddings)
-            found = self.student(model, states, condition.expand(method.batch_size))
+            found = self.of_states(model, states, condition.expand(method.batch_size))
             return retain_loss(found, states.told).mean()[None]
 
         problem = TokenProblem(
@@ -275,13 +286,13 @@ class AdvUnlearnObjective(ErasureObjective):
         rows = torch.full((method.batch_size,), row)
         states = self.concept.sample(rows, generator=stream(seed, 0, "erase"))
         if step < method.warmup:
-            condition = self.told(model, self.concept, rows, self.frozen)
+            condition = self.told(model, self.concept.prompts, rows, self.frozen)
         else:
             if step % method.attack_every == 0 or int(self.attacked) == 0:
                 self.vectors.copy_(self.attack(model, row, derive(seed, "attack")))
                 self.attacked.fill_(step + 1)
             condition = self.attacked_condition(model, row, self.vectors).expand(method.batch_size)
-        found = self.student(model, states, condition)
+        found = self.of_states(model, states, condition)
         return esd_loss(found, states.told, states.untold, eta=method.eta).mean()
 
     def retain(self, model: nn.Module, step: int, seed: int) -> Tensor:
@@ -294,7 +305,7 @@ class AdvUnlearnObjective(ErasureObjective):
         order = torch.randperm(len(pool.prompts), generator=stream(self.seed, lap, "retain"))
         rows = order[place * size : (place + 1) * size]
         states = pool.sample(rows, generator=stream(seed, 1, "retain"))
-        found = self.student(model, states, self.told(model, pool, rows, self.frozen_retained))
+        found = self.of_states(model, states, self.told(model, pool.prompts, rows, self.frozen_retained))
         return retain_loss(found, states.told).mean()
 
     def forward(self, model: nn.Module, batch: Batch) -> Loss:

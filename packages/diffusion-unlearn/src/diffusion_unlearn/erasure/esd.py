@@ -17,16 +17,16 @@ trajectory (see :mod:`diffusion_unlearn.trajectories`), and the frozen model dra
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from diffusion_unlearn.erasure.parts import UNET_PARTS, check_concepts, edited_copy, encoder_parameters, unet_parameters
-from diffusion_unlearn.erasure.training import ErasureObjective, OnStep, train
+from diffusion_unlearn.erasure.parts import UNET_PARTS, check_concepts, encoder_parameters, unet_parameters
+from diffusion_unlearn.erasure.training import ErasureObjective, Progress, TrainedErasure
 from diffusion_unlearn.trajectories import TrajectoryPool
 from robust_core.checks import check_choice, check_count, check_number
 from robust_core.random import Seed, stream
@@ -83,20 +83,20 @@ class ESDObjective(ErasureObjective):
     ) -> None:
         super().__init__(pipe, component, parameters, generator=generator)
         self.pool, self.eta, self.form = pool.to(self.parts.device), eta, check_choice("form", form, FORMS)
-        self.batch_size, self.frozen = check_count("batch_size", batch_size), self.frozen_conditions(pool)
+        self.batch_size, self.frozen = check_count("batch_size", batch_size), self.frozen_conditions(pool.prompts)
 
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of one step; ``batch`` may be empty."""
         draw = stream(self.step_seed(batch), 0, "esd")
         rows = torch.randint(len(self.pool.prompts), (self.batch_size,), generator=draw)
         states = self.pool.sample(rows, generator=draw)
-        found = self.student(model, states, self.told(model, self.pool, rows, self.frozen))
+        found = self.of_states(model, states, self.told(model, self.pool.prompts, rows, self.frozen))
         loss = esd_loss(found, states.told, states.untold, eta=self.eta, form=self.form).mean()
         return Loss(loss, {"erase": loss.detach()})
 
 
 @dataclass(frozen=True)
-class ESD:
+class ESD(TrainedErasure):
     """Erase a concept from a pipeline; see the module.
 
     Args:
@@ -141,10 +141,30 @@ class ESD:
         """The part of the pipeline that is trained."""
         return "text_encoder" if self.part == "text_encoder" else "unet"
 
-    def pool(self, pipe: Any, n: int = 4, *, steps: int = 50, guidance: float = 3.0) -> TrajectoryPool:
+    @property
+    def optimiser_steps(self) -> int:
+        """Steps of the optimiser."""
+        return cast(int, self.n_steps)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of Adam."""
+        return cast(float, self.lr)
+
+    def pool(
+        self,
+        pipe: Any,
+        n: int = 4,
+        *,
+        steps: int = 50,
+        guidance: float = 3.0,
+        progress: Progress | None = None,
+    ) -> TrajectoryPool:
         """Return states of the concept's prompts, ``n`` trajectories for each; see :class:`TrajectoryPool`."""
-        concepts = check_concepts(self.concept)
-        return TrajectoryPool.draw(pipe, concepts, n, steps=steps, guidance=guidance, generator=self.generator)
+        return TrajectoryPool.draw(
+            pipe, check_concepts(self.concept), n, steps=steps, guidance=guidance, generator=self.generator,
+            on_step=None if progress is None else partial(progress, "states of the concept"),
+        )  # fmt: skip
 
     def objective(self, pipe: Any, *, pool: TrajectoryPool | None = None) -> ESDObjective:
         """Return the objective on ``pipe`` itself, for a loop of one's own.
@@ -162,30 +182,3 @@ class ESD:
             pipe, pool, self.component, parameters=list(parameters.values()), eta=cast(float, self.eta), form=self.form,
             batch_size=self.batch_size, generator=self.generator,
         )  # fmt: skip
-
-    def fit(
-        self,
-        pipe: Any,
-        *,
-        pool: TrajectoryPool | None = None,
-        copy: bool = True,
-        checkpoint: str | os.PathLike[str] | None = None,
-        precision: str = "float32",
-        on_step: OnStep | None = None,
-    ) -> Any:
-        """Return the edited pipeline; all parts but the trained one are shared with ``pipe``.
-
-        Args:
-            pipe: an unedited pipeline.
-            pool: its states; None draws them now.
-            copy: False changes ``pipe`` itself.
-            checkpoint: folder; a run that was interrupted goes on from there.
-            precision: "float32", "bf16" or "fp16".
-            on_step: called with (state, loss).
-        """
-        result = edited_copy(pipe, self.component) if copy else pipe
-        train(
-            self.objective(result, pool=pool), n_steps=cast(int, self.n_steps), lr=cast(float, self.lr), recipe=self,
-            checkpoint=checkpoint, precision=precision, on_step=on_step,
-        )  # fmt: skip
-        return result

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from diffusion_unlearn.pipeline import UnsupportedPipelineError
@@ -17,15 +18,17 @@ __all__ = [
     "UNET_PARTS",
     "check_concepts",
     "check_retained",
+    "check_trainable",
     "edited_copy",
     "encoder_parameters",
     "only_training",
     "unet_parameters",
 ]
 
-UNET_PARTS = ("x", "u", "kv", "noxattn", "selfattn", "notime", "full")
-"""``x`` cross-attention, ``kv`` its keys and values, ``u`` all other linear and convolutional layers, ``noxattn`` all
-but cross-attention, time embedding and output (as first released), ``notime`` all but the last two."""
+UNET_PARTS = ("x", "u", "kv", "attn", "noxattn", "selfattn", "notime", "full")
+"""``x`` cross-attention, ``kv`` its keys and values, ``attn`` all attention, ``u`` all linear and convolutional layers
+but cross-attention, ``noxattn`` all but cross-attention, time embedding and output (as first released), ``notime`` all
+but the last two."""
 
 
 def unet_parameters(unet: nn.Module, part: str) -> dict[str, nn.Parameter]:
@@ -40,6 +43,7 @@ def unet_parameters(unet: nn.Module, part: str) -> dict[str, nn.Parameter]:
     rules = {
         "x": lambda name: ".attn2." in name,
         "kv": lambda name: re.search(r"\.attn2\.to_[kv]\.", name) is not None,
+        "attn": lambda name: re.search(r"\.attn[12]\.", name) is not None,
         "u": lambda name: ".attn2." not in name and name.rpartition(".")[0] in dense,
         "noxattn": lambda name: ".attn2." not in name and not _ends(name),
         "selfattn": lambda name: ".attn1." in name,
@@ -111,6 +115,26 @@ def only_training(parameters: Iterable[nn.Parameter], modules: Iterable[nn.Modul
             parameter.requires_grad_(flag)
         for inner, mode in modes:
             inner.training = mode
+
+
+def check_trainable(trained: nn.Module, modules: Sequence[nn.Module], precision: str) -> None:
+    """Refuse number formats in which a pipeline cannot be trained.
+
+    Raises:
+        ValueError: half precision in the part that is trained, or formats mixed without mixed precision.
+    """
+    dtype = next(trained.parameters()).dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"{type(trained).__name__}, which is trained, is in {dtype}: small steps would be lost in rounding; load "
+            "it in float32, and give precision='bf16' for networks in half precision"
+        )
+    others = {next(module.parameters()).dtype for module in modules} - {dtype}
+    if others and precision == "float32":
+        raise ValueError(
+            f"parts of the pipeline are in {', '.join(sorted(map(str, others)))} beside {dtype}: give precision='bf16' "
+            "or 'fp16', or load all in one format"
+        )
 
 
 def check_concepts(concept: str | Sequence[str], *, name: str = "concept") -> tuple[str, ...]:
