@@ -1,0 +1,254 @@
+"""Rules that see the senders through their distances, each as one Gram matrix and one weighted sum.
+
+Everything between the two passes over the data is float64 arithmetic on n x n numbers, so an iteration (Weiszfeld's,
+CAF's) costs nothing beside the passes, and no rule draws random numbers.
+
+Rules: Krum and multi-Krum (Blanchard et al. 2017, arXiv 1703.02757), geometric median (smoothed Weiszfeld, Pillutla et
+al. 2019, arXiv 1912.13445; the step away from data points after Vardi and Zhang 2000), centred clipping (Karimireddy
+et al. 2021, arXiv 2012.10333), nearest-neighbour averaging (Farhadkhani et al. 2023, arXiv 2209.10931), comparative
+gradient elimination (Gupta et al. 2020), CAF (Allouah et al. 2025). Subset rules and Bulyan stand in
+:mod:`optim_robust.byzantine.subsets`.
+
+Krum's scores sum the squared distances to the n - f - 1 nearest others, not to the n - f - 2 of the paper: with the
+paper's count no bound of the form of :func:`optim_robust.byzantine.theory.kappa` holds at n = 7, f = 3. The paper's
+is ``neighbours="blanchard"``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optim_robust.byzantine.geometry import combine, distances_to, nearest, pairwise
+from optim_robust.byzantine.vectors import check_faulty, check_vectors, screen
+from robust_core.checks import check_choice, check_count, check_number
+
+__all__ = [
+    "caf",
+    "centered_clipping",
+    "comparative_elimination",
+    "geometric_median",
+    "krum",
+    "krum_scores",
+    "mean",
+    "multi_krum",
+    "nearest_neighbor_average",
+]
+
+
+@torch.no_grad()
+def mean(x: Tensor) -> Tensor:
+    """Return the (d,) mean of the rows: no faulty sender is withstood.
+
+    Args:
+        x: (n, d) one row for each sender.
+    """
+    n = len(check_vectors(x))
+    x, _ = screen(x, 0)
+    return combine(torch.full((n,), 1 / n, dtype=torch.float64), x)
+
+
+def krum_scores(squared: Tensor, f: int, *, neighbours: str = "allouah") -> Tensor:
+    """Return each sender's sum of squared distances to its nearest others.
+
+    Args:
+        squared: (n, n) squared distances.
+        f: senders that may be faulty.
+        neighbours: ``"allouah"``: n - f - 1 others; ``"blanchard"``: n - f - 2, the paper's.
+    """
+    check_choice("neighbours", neighbours, ("allouah", "blanchard"))
+    count = len(squared) - f - (1 if neighbours == "allouah" else 2)
+    others = squared.clone().fill_diagonal_(-1.0).sort(dim=1).values[:, 1:]  # each is its own first
+    return others[:, :count].sum(1)
+
+
+def _krum_faulty(n: int, f: int, neighbours: str, rule: str) -> None:
+    check_choice("neighbours", neighbours, ("allouah", "blanchard"))
+    check_faulty(n, f, most=(n - 3) // 2 if neighbours == "blanchard" else None, rule=rule)
+
+
+@torch.no_grad()
+def krum(x: Tensor, f: int, *, neighbours: str = "allouah") -> Tensor:
+    """Return a copy of the row whose nearest others are nearest; ties go to the lower index.
+
+    Args:
+        x: (n, d) one row for each sender.
+        f: senders that may be faulty: 2 f < n, or n >= 2 f + 3 with the paper's count.
+        neighbours: see :func:`krum_scores`.
+    """
+    _krum_faulty(len(check_vectors(x)), f, neighbours, "Krum")
+    x, _ = screen(x, f)
+    scores = krum_scores(pairwise(x), f, neighbours=neighbours)
+    return x[int(scores.argsort(stable=True)[0])].clone()
+
+
+@torch.no_grad()
+def multi_krum(x: Tensor, f: int, m: int | None = None, *, neighbours: str = "allouah") -> Tensor:
+    """Return the mean of the m rows with the smallest scores of Krum.
+
+    Args:
+        x: (n, d) one row for each sender.
+        f: senders that may be faulty.
+        m: rows to average, 1 .. n - f; n - f when None.
+        neighbours: see :func:`krum_scores`.
+    """
+    n = len(check_vectors(x))
+    _krum_faulty(n, f, neighbours, "multi-Krum")
+    m = n - f if m is None else check_count("m", m)
+    if m > n - f:
+        raise ValueError(f"m={m}: at most n - f = {n - f} rows can all be honest")
+    x, _ = screen(x, f)
+    scores = krum_scores(pairwise(x), f, neighbours=neighbours)
+    return combine(nearest(scores, m).double() / m, x)
+
+
+@torch.no_grad()
+def nearest_neighbor_average(x: Tensor, f: int, pivot: int | Tensor = 0) -> Tensor:
+    """Return the mean of the n - f rows nearest to the pivot: MoNNA's mixing step.
+
+    Args:
+        x: (n, d) the vectors received, the node's own among them.
+        f: of those, how many may be faulty. Of n - f messages that came first, f may still be.
+        pivot: row of the node's own vector, or that vector (d,). It belongs to the average in any case if it is a row.
+    """
+    n, d = check_vectors(x).shape
+    check_faulty(n, f, rule="nearest-neighbour averaging")
+    x, _ = screen(x, f)
+    if isinstance(pivot, Tensor):
+        if pivot.shape != (d,) or pivot.dtype != x.dtype:
+            raise ValueError(f"pivot is {tuple(pivot.shape)} {pivot.dtype}; ({d},) {x.dtype} is needed")
+        squared = distances_to(x, pivot)
+    else:
+        if not 0 <= check_count("pivot", pivot, low=0) < n:
+            raise ValueError(f"pivot={pivot}: a row of x, 0 .. {n - 1}, is needed")
+        squared = distances_to(x, x[pivot])
+        squared[pivot] = -1.0
+    return combine(nearest(squared, n - f).double() / (n - f), x)
+
+
+@torch.no_grad()
+def centered_clipping(x: Tensor, center: Tensor | None = None, *, tau: float = 100.0, n_iter: int = 1) -> Tensor:
+    """Return ``v`` after ``n_iter`` steps of ``v += mean((x_i - v) min(1, tau / ||x_i - v||))``.
+
+    Args:
+        x: (n, d) one row for each sender.
+        center: (d,) where v starts: the previous round's result (a node's own vector in self-centred clipping); the
+            origin when None.
+        tau: radius of clipping, in the units of ``x``, above 0.
+        n_iter: steps.
+    """
+    n, d = check_vectors(x).shape
+    check_number("tau", tau, low=0.0, open_low=True)
+    check_count("n_iter", n_iter)
+    if center is not None and center.shape != (d,):
+        raise ValueError(f"center has shape {tuple(center.shape)}; ({d},) is needed")
+    x, _ = screen(x, 0)
+    v = torch.zeros_like(x[0]) if center is None else center.to(x.dtype)
+    for _ in range(n_iter):
+        weights = (tau / distances_to(x, v).sqrt()).clamp_(max=1.0) / n  # at distance 0 the ratio is infinite
+        v = combine(weights, x).add_(v, alpha=float(1 - weights.sum()))
+    return v
+
+
+@torch.no_grad()
+def comparative_elimination(x: Tensor, f: int) -> Tensor:
+    """Return the mean of the n - f rows of least norm ("CGE"); meant for gradients, not for models.
+
+    Args:
+        x: (n, d) one row for each sender.
+        f: senders that may be faulty, 2 f < n.
+    """
+    n = len(check_vectors(x))
+    check_faulty(n, f, rule="comparative elimination")
+    x, _ = screen(x, f)
+    squared = distances_to(x, torch.zeros_like(x[0]))
+    return combine(nearest(squared, n - f).double() / (n - f), x)
+
+
+@torch.no_grad()
+def geometric_median(x: Tensor, *, nu: float = 0.0, max_iter: int = 1000, tol: float = 1e-10) -> Tensor:
+    """Return the (d,) point with the least sum of distances to the rows.
+
+    Weiszfeld's steps act on the weights of the rows, in float64: the distances to a weighted mean follow from those
+    between the rows. A row that is itself the median is recognised by the condition of optimality.
+
+    Args:
+        x: (n, d) one row for each sender.
+        nu: smoothing, in the units of ``x``: weights are 1 / max(distance, nu). 0 is the exact median.
+        max_iter: steps at most.
+        tol: stop when no weight moves by more.
+    """
+    n = len(check_vectors(x))
+    check_number("nu", nu, low=0.0)
+    check_number("tol", tol, low=0.0)
+    check_count("max_iter", max_iter)
+    x, _ = screen(x, 0)
+    squared = pairwise(x)
+    weights = _row_median(squared)
+    if weights is not None and nu == 0.0:
+        return combine(weights, x)
+    distances = squared.sqrt()
+    weights = 1 / distances.sum(1).clamp(min=torch.finfo(torch.float64).tiny)
+    weights = weights / weights.sum()
+    for _ in range(max_iter):
+        length = (squared @ weights - 0.5 * weights @ squared @ weights).clamp(min=0.0).sqrt()
+        new = 1 / length.clamp(min=max(nu, 1e-12 * float(distances.max()), torch.finfo(torch.float64).tiny))
+        new /= new.sum()
+        moved = float((new - weights).abs().max())
+        weights = new
+        if moved <= tol:
+            break
+    return combine(weights if n > 1 else torch.ones(1, dtype=torch.float64), x)
+
+
+def _row_median(squared: Tensor) -> Tensor | None:
+    """Return the weights of a row that is the geometric median, or None.
+
+    Row i (with multiplicity) is the median iff the unit vectors from it to the others sum to at most its multiplicity
+    in norm; their inner products follow from the distances.
+    """
+    n = len(squared)
+    row = int(squared.sqrt().sum(1).argsort(stable=True)[0])
+    length = squared[row].sqrt()
+    away = length > 0
+    if not bool(away.any()):
+        return torch.full((n,), 1 / n, dtype=torch.float64, device=squared.device)
+    own = squared[row][away]
+    inner = 0.5 * (own[:, None] + own[None, :] - squared[away][:, away]) / (length[away][:, None] * length[away][None])
+    if float(inner.sum()) <= float((~away).sum()) ** 2:
+        return torch.nn.functional.one_hot(torch.tensor(row), n).double().to(squared.device)
+    return None
+
+
+@torch.no_grad()
+def caf(x: Tensor, f: int) -> Tensor:
+    """Return the weighted mean with the least top eigenvalue along a path of down-weighting ("CAF").
+
+    All weights start at 1. While they sum to more than n - 2 f, each is multiplied by 1 - t_i / max t, where t_i is the
+    squared deviation from the weighted mean along the top eigenvector of the weighted covariance. The eigenvector is
+    computed exactly, from the n x n inner products.
+
+    Args:
+        x: (n, d) one row for each sender.
+        f: senders that may be faulty, 2 f < n.
+    """
+    n = len(check_vectors(x))
+    check_faulty(n, f, rule="CAF")
+    x, _ = screen(x, f)
+    squared = pairwise(x)
+    weights = torch.ones(n, dtype=torch.float64, device=x.device)
+    best, least = weights / n, torch.inf
+    while float(weights.sum()) > n - 2 * f or least == torch.inf:
+        share = weights / weights.sum()
+        to_mean = squared @ share - 0.5 * share @ squared @ share
+        inner = 0.5 * (to_mean[:, None] + to_mean[None, :] - squared)  # <x_i - mean, x_j - mean>
+        root = share.sqrt()
+        values, vectors = torch.linalg.eigh(root[:, None] * inner * root[None, :])
+        if float(values[-1]) < least:
+            best, least = share, float(values[-1])
+        deviation = (inner @ (root * vectors[:, -1])).square()
+        worst = deviation[weights > 0].max()
+        if f == 0 or float(worst) <= 0.0:
+            break
+        weights = weights * (1 - deviation / worst).clamp(min=0.0)
+    return combine(best, x)
