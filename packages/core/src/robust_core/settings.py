@@ -43,7 +43,8 @@ def parse_settings(kind: type[T], words: Sequence[str]) -> T:
         name, sign, text = word.partition("=")
         name = name.strip().replace("-", "_")
         if not sign or name not in known:
-            raise ValueError(f"--set {word!r}: name=value is needed, with a name of {', '.join(known) or '(none)'}")
+            asked = f"name=value is needed, with a name of {', '.join(known)}" if known else "nothing can be set here"
+            raise ValueError(f"--set {word!r}: {asked}")
         if name in found:
             raise ValueError(f"--set {word!r}: {name} is set twice")
         found[name] = _value(word, hints[name], text.strip())
