@@ -1,0 +1,1 @@
+"""Many devices, one model: what they send instead of data, and how it is put together."""
