@@ -170,6 +170,16 @@ def test_fingerprints_tell_networks_apart():
     assert fingerprint(torch.relu) != fingerprint(torch.tanh)
 
 
+def test_a_fingerprint_does_not_heed_where_a_checkpoint_was_found():
+    here, there, other = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    there.load_state_dict(here.state_dict())
+    other.load_state_dict(here.state_dict())
+    here.name_or_path, there.name_or_path = "here", "there"
+    here._loaded_with, other.temperature = "mmap", 2.0
+    assert fingerprint(here) == fingerprint(there)
+    assert fingerprint(here) != fingerprint(other)
+
+
 def test_devices():
     assert model_device(network("linear")) == torch.device("cpu")
     assert model_device(nn.ReLU()) is None

@@ -103,16 +103,19 @@ def fingerprint(model: Classifier) -> str:
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size)
-_BOOKKEEPING = frozenset(vars(nn.Module()))
+_BOOKKEEPING = frozenset(vars(nn.Module())) | {"name_or_path"}
+"""What every module holds, and where transformers found a checkpoint: neither changes the function."""
+_LIBRARIES = ("torch.", "transformers.", "diffusers.")
+"""Their modules keep notes of their own under names with an underscore, such as how they were loaded."""
 
 
 def _contents(module: nn.Module) -> dict[str, object]:
     """Return what a module holds beside other modules: parameters, buffers and plain attributes."""
-    torchs = type(module).__module__.startswith("torch.")
+    libraries = type(module).__module__.startswith(_LIBRARIES)
     own = {
         name: value
         for name, value in vars(module).items()
-        if name not in _BOOKKEEPING and not (torchs and name.startswith("_"))
+        if name not in _BOOKKEEPING and not (libraries and name.startswith("_"))
     }
     held = {**module._parameters, **module._buffers}
     return {**{name: value for name, value in own.items() if _is_plain(value)}, **held}
