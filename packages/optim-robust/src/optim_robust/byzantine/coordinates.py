@@ -7,7 +7,7 @@ wanted rows do not depend on are left out (the median needs two thirds of them).
 
 Rules: coordinate-wise median and trimmed mean (Yin et al. 2018, arXiv 1803.01498), mean around the median (Xie et al.
 2018, arXiv 1802.10116), Phocas (Xie et al. 2018, arXiv 1805.09682). The n - f values nearest to a centre are
-consecutive in sorted order, so value i < f is kept, or value i + n - f in its place, never a difference of sums.
+consecutive in sorted order, so value i is kept, or value i + n - f in its place; no difference of sums is formed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from optim_robust.byzantine.geometry import working_dtype
 from optim_robust.byzantine.vectors import check_faulty, check_vectors, screen
 
-__all__ = ["mean_around_median", "median", "phocas", "sorting_network", "trimmed_mean"]
+__all__ = ["mean_around_median", "median", "nearest_to_median", "phocas", "sorting_network", "trimmed_mean"]
 
 CHUNK_BYTES = 1 << 19
 Reduce = Callable[[list[Tensor]], Tensor]
@@ -89,10 +89,10 @@ def _middle(rows: list[Tensor]) -> Tensor:
 def _near(rows: list[Tensor], centre: Tensor, f: int) -> Tensor:
     """Return the mean of the n - f of the sorted rows nearest to ``centre``; ties keep the smaller value."""
     keep = len(rows) - f
-    swapped = [
-        torch.where(rows[i + keep] - centre < centre - rows[i], rows[i + keep], rows[i]) for i in range(min(f, keep))
-    ]
-    return _mean([*swapped, *rows[f:keep]])
+    kept = rows[:keep]
+    for i in range(keep, len(rows)):  # once a smaller value is nearer than row i, so it is than all later rows
+        kept[i % keep] = torch.where(rows[i] - centre < centre - rows[i - keep], rows[i], kept[i % keep])
+    return _mean(kept)
 
 
 @torch.no_grad()
@@ -134,7 +134,12 @@ def mean_around_median(x: Tensor, f: int) -> Tensor:
     """
     check_faulty(len(check_vectors(x)), f, rule="the mean around the median")
     x, _ = screen(x, f)
-    return _by_chunks(x, range(len(x)), lambda rows: _near(rows, _middle(rows), f))
+    return nearest_to_median(x, len(x) - f)
+
+
+def nearest_to_median(x: Tensor, keep: int) -> Tensor:
+    """Return the (d,) mean, in each coordinate, of the ``keep`` values nearest to the median, 1 <= keep <= n."""
+    return _by_chunks(x, range(len(x)), lambda rows: _near(rows, _middle(rows), len(x) - keep))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ __all__ = ["combine", "distances_to", "nearest", "pairwise", "working_dtype"]
 CHUNK_BYTES = 1 << 19
 """Bytes of a centred chunk of all rows: half of a typical second-level cache."""
 TRUST = 0.01
-"""A squared distance below this share of the two squared norms is computed again: cancellation costs 2 digits at most."""
+"""A squared distance below this share of the two squared norms is computed anew: cancellation costs two digits."""
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
