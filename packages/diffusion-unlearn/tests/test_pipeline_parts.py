@@ -162,3 +162,33 @@ def test_images_go_into_latents_and_back(untrained: Any) -> None:
     latents = face.latents_of(torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
     assert latents.shape == (3, *face.latent_shape)
     assert face.images_of(latents).shape == (3, 1, 8, 8)
+
+
+def test_xl_reads_other_embeddings_in_both_encoders() -> None:
+    face: Any = TextToImage(tiny_xl())
+    ids = face.ids(PROMPTS)
+    own = [encoder.get_input_embeddings()(row) for encoder, row in zip(face.encoders, ids, strict=True)]
+    plain, first = face.encode(ids=ids), face.encode(ids=ids, embeddings=own[0])
+    both = face.encode(ids=ids, embeddings=own)
+    assert torch.equal(plain.hidden, first.hidden)
+    assert torch.equal(plain.hidden, both.hidden)
+    moved = face.encode(ids=ids, embeddings=[own[0], own[1].flip(2)])
+    assert torch.equal(plain.hidden[..., :16], moved.hidden[..., :16])
+    assert not torch.allclose(plain.hidden[..., 16:], moved.hidden[..., 16:])
+    assert not torch.allclose(plain.pooled, moved.pooled)
+
+
+def test_a_picture_of_a_condition_is_that_of_its_prompt(untrained: Any) -> None:
+    for pipe in (untrained, tiny_xl()):
+        face = TextToImage(pipe)
+        drawn = face.generate(PROMPTS, [3, 4], steps=3, guidance=2.0)
+        again = face.generate(None, [3, 4], condition=face.encode(PROMPTS).detach(), steps=3, guidance=2.0)
+        assert torch.allclose(drawn, again, atol=1e-5)
+    with pytest.raises(ValueError, match="give one of them"):
+        face.generate(None, [3])
+
+
+def test_what_fits_is_said(untrained: Any) -> None:
+    face = TextToImage(untrained)
+    assert face.fits(" ".join(["three"] * 10))
+    assert not face.fits(" ".join(["three"] * 11))

@@ -16,7 +16,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +163,10 @@ class TextToImage:
 
     # -- words ---------------------------------------------------------------------------------------------------
 
+    def fits(self, prompt: str) -> bool:
+        """Return whether every tokenizer takes the prompt whole."""
+        return all(len(t(prompt, verbose=False).input_ids) <= t.model_max_length for t in self.tokenizers)
+
     def ids(self, prompts: Sequence[str]) -> list[Tensor]:
         """Return for each encoder (B, T) tokens, padded to the full length.
 
@@ -189,7 +193,7 @@ class TextToImage:
         prompts: Sequence[str] | None = None,
         *,
         ids: Sequence[Tensor] | None = None,
-        embeddings: Tensor | None = None,
+        embeddings: Tensor | Sequence[Tensor] | None = None,
         encoders: Sequence[Any] | None = None,
     ) -> Conditioning:
         """Return the conditioning of prompts, of tokens, or of tokens with other embeddings.
@@ -197,18 +201,17 @@ class TextToImage:
         Args:
             prompts: B texts.
             ids: instead of them, (B, T) tokens for each encoder.
-            embeddings: (B, T, D) in place of what the first encoder's table gives for ``ids``.
+            embeddings: (B, T, D) in place of what the first encoder's table gives for ``ids``, or such for each.
             encoders: instead of the pipeline's own, such as a frozen copy.
         """
         tokens = self.ids(prompts or [""]) if ids is None else list(ids)
         chosen = self.encoders if encoders is None else list(encoders)
-        if embeddings is None:
-            found = [encoder(row, output_hidden_states=True) for encoder, row in zip(chosen, tokens, strict=True)]
-        else:
-            with replaced_embeddings(chosen[0], embeddings):
-                first = chosen[0](tokens[0].expand(len(embeddings), -1), output_hidden_states=True)
-            rest = zip(chosen[1:], tokens[1:], strict=True)
-            found = [first, *(e(row.expand(len(embeddings), -1), output_hidden_states=True) for e, row in rest)]
+        given = [embeddings] if isinstance(embeddings, Tensor) else list(embeddings or ())
+        found = []
+        for number, (encoder, row) in enumerate(zip(chosen, tokens, strict=True)):
+            row = row.expand(len(given[0]), -1) if given else row
+            with replaced_embeddings(encoder, given[number]) if number < len(given) else nullcontext():
+                found.append(encoder(row, output_hidden_states=True))
         if not self.is_xl:
             return Conditioning(found[0].last_hidden_state)
         hidden = torch.cat([out.hidden_states[-2] for out in found], -1)
@@ -260,9 +263,10 @@ class TextToImage:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None,
         seeds: Sequence[int],
         *,
+        condition: Conditioning | None = None,
         guidance: float = 7.5,
         steps: int = 50,
         batch_size: int = 16,
@@ -272,23 +276,27 @@ class TextToImage:
         A picture is a function of its prompt and its seed: noise is drawn on the CPU for each picture.
 
         Args:
-            prompts: B texts.
+            prompts: B texts, or None.
             seeds: B numbers.
+            condition: B rows instead of texts, such as those of no text at all.
             guidance: scale; 1 and below is without.
             steps: of the pipeline's scheduler.
             batch_size: pictures at a time.
         """
-        if len(prompts) != len(seeds):
-            raise ValueError(f"seeds: {len(seeds)} for {len(prompts)} prompts; one each is needed")
-        self.ids(list(dict.fromkeys(prompts)) or [""])  # refuses prompts that would be cut
+        if (prompts is None) == (condition is None):
+            raise ValueError("prompts and condition: give one of them")
+        n = len(condition) if prompts is None else len(prompts)  # pyright: ignore[reportArgumentType]
+        if n != len(seeds):
+            raise ValueError(f"seeds: {len(seeds)} for {n} prompts; one each is needed")
+        self.ids(list(dict.fromkeys(prompts or ())) or [""])  # refuses prompts that would be cut
         parts = []
-        for start in range(0, len(prompts), batch_size):
+        for start in range(0, n, batch_size):
             rows = slice(start, start + batch_size)
             draws = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds[rows]]
+            told = {"prompt": list(prompts[rows])} if condition is None else _embedded(condition[rows])  # pyright: ignore[reportOptionalSubscript]
             found = self.pipe(
-                prompt=list(prompts[rows]), guidance_scale=guidance, num_inference_steps=steps, generator=draws,
-                output_type="np",
-            ).images  # fmt: skip
+                **told, guidance_scale=guidance, num_inference_steps=steps, generator=draws, output_type="np"
+            ).images
             parts.append(torch.from_numpy(np.asarray(found)).permute(0, 3, 1, 2))
         return torch.cat(parts) if parts else torch.empty(0)
 
@@ -360,6 +368,11 @@ class TextToImage:
                 untold + guidance * (told - untold), t, latents, return_dict=False, **_noise(scheduler, eta)
             )
             latents = step[0]
+
+
+def _embedded(condition: Conditioning) -> dict[str, Tensor]:
+    more = {} if condition.pooled is None else {"pooled_prompt_embeds": condition.pooled}
+    return {"prompt_embeds": condition.hidden, **more}
 
 
 def _noise(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
