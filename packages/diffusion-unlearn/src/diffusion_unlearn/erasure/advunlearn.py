@@ -39,8 +39,7 @@ from diffusion_unlearn.erasure.parts import (
     check_concepts,
     check_retained,
     edited_copy,
-    encoder_parameters,
-    unet_parameters,
+    trained_parameters,
 )
 from diffusion_unlearn.erasure.training import ErasureObjective, Progress, TrainedErasure
 from diffusion_unlearn.pipeline import Conditioning, UnsupportedPipelineError
@@ -125,11 +124,6 @@ class AdvUnlearn(TrainedErasure):
             raise TypeError(f"attack must be a SoftTokens, not {type(self.attack).__name__}")
 
     @property
-    def component(self) -> str:
-        """The part of the pipeline that is trained."""
-        return "text_encoder" if self.part == "text_encoder" else "unet"
-
-    @property
     def optimiser_steps(self) -> int:
         """Steps of the optimiser: in iterative mode, two for each erasing step."""
         return (2 if self.mode == "iterative" and self.gamma > 0 else 1) * self.n_steps
@@ -210,10 +204,7 @@ class AdvUnlearnObjective(ErasureObjective):
     attacked: Tensor
 
     def __init__(self, pipe: Any, method: AdvUnlearn, pools: Pools) -> None:
-        if method.component == "unet":
-            parameters = unet_parameters(pipe.unet, method.part)
-        else:
-            parameters = encoder_parameters(pipe.text_encoder, method.layers)
+        parameters = trained_parameters(pipe, method.part, method.layers)
         super().__init__(pipe, method.component, list(parameters.values()), generator=method.generator)
         if self.parts.is_xl:
             raise UnsupportedPipelineError(

@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from diffusion_unlearn.erasure.parts import UNET_PARTS, check_concepts, encoder_parameters, unet_parameters
+from diffusion_unlearn.erasure.parts import UNET_PARTS, check_concepts, trained_parameters
 from diffusion_unlearn.erasure.training import ErasureObjective, Progress, TrainedErasure
 from diffusion_unlearn.trajectories import TrajectoryPool
 from robust_core.checks import check_choice, check_count, check_number
@@ -137,11 +137,6 @@ class ESD(TrainedErasure):
         check_count("batch_size", self.batch_size)
 
     @property
-    def component(self) -> str:
-        """The part of the pipeline that is trained."""
-        return "text_encoder" if self.part == "text_encoder" else "unet"
-
-    @property
     def optimiser_steps(self) -> int:
         """Steps of the optimiser."""
         return cast(int, self.n_steps)
@@ -174,10 +169,7 @@ class ESD(TrainedErasure):
             pool: states; None draws them now.
         """
         pool = self.pool(pipe) if pool is None else pool
-        if self.component == "unet":
-            parameters = unet_parameters(pipe.unet, self.part)
-        else:
-            parameters = encoder_parameters(pipe.text_encoder, self.layers)
+        parameters = trained_parameters(pipe, self.part, self.layers)
         return ESDObjective(
             pipe, pool, self.component, parameters=list(parameters.values()), eta=cast(float, self.eta), form=self.form,
             batch_size=self.batch_size, generator=self.generator,

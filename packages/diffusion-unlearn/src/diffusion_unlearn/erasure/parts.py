@@ -22,6 +22,7 @@ __all__ = [
     "edited_copy",
     "encoder_parameters",
     "only_training",
+    "trained_parameters",
     "unet_parameters",
 ]
 
@@ -88,6 +89,21 @@ def encoder_parameters(encoder: nn.Module, layers: str | Sequence[int] = "all") 
     if isinstance(layers, str):
         found |= {key: p for key, p in encoder.named_parameters() if "final_layer_norm" in key}
     return found
+
+
+def trained_parameters(pipe: Any, part: str, layers: str | Sequence[int] = "all") -> dict[str, nn.Parameter]:
+    """Return the parameters of a part of a pipeline, by name.
+
+    Args:
+        pipe: the pipeline.
+        part: one of :data:`UNET_PARTS`, ``"text_encoder"``, or ``"embedding"``, its table of tokens.
+        layers: of the text encoder.
+    """
+    if part == "text_encoder":
+        return encoder_parameters(pipe.text_encoder, layers)
+    if part == "embedding":
+        return {"embedding": pipe.text_encoder.get_input_embeddings().weight}
+    return unet_parameters(pipe.unet, part)
 
 
 def edited_copy(pipe: Any, *names: str) -> Any:

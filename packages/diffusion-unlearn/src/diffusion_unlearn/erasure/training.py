@@ -126,12 +126,13 @@ def _as_used(model: nn.Module) -> None:
 class TrainedErasure(ABC):
     """Base of methods that train a part of a pipeline; subclasses are frozen dataclasses of settings."""
 
+    part: str
     generator: int | None
 
     @property
-    @abstractmethod
     def component(self) -> str:
-        """The part of the pipeline that is trained: ``"unet"`` or ``"text_encoder"``."""
+        """The component of the pipeline that is trained: ``"unet"`` or ``"text_encoder"``."""
+        return "text_encoder" if self.part in ("text_encoder", "embedding") else "unet"
 
     @property
     @abstractmethod
@@ -143,15 +144,12 @@ class TrainedErasure(ABC):
     def learning_rate(self) -> float:
         """Of Adam."""
 
-    clip_norm: float | None = None
-
     @abstractmethod
-    def pool(self, pipe: Any, n: int = 4, *, progress: Progress | None = None) -> Any:
+    def pool(self, pipe: Any, *, progress: Progress | None = None) -> Any:
         """Return what the method needs of the unedited pipeline, drawn once.
 
         Args:
             pipe: the unedited pipeline.
-            n: for each prompt.
             progress: called with (what is drawn, done, in all).
         """
 
@@ -218,7 +216,7 @@ class TrainedErasure(ABC):
             n = self.optimiser_steps
             train(
                 objective, n_steps=n, lr=self.learning_rate, recipe=self, checkpoint=folder,
-                checkpoint_every=checkpoint_every, precision=precision, clip_norm=self.clip_norm,
+                checkpoint_every=checkpoint_every, precision=precision, clip_norm=getattr(self, "clip_norm", None),
                 gradient_checkpointing=gradient_checkpointing, on_step=_told(on_step, progress, n),
             )  # fmt: skip
         return result
