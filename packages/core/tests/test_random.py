@@ -206,3 +206,37 @@ def test_shapes():
 def test_chunks_of_a_sample_never_share_a_native_seed():
     low = {stream(3, 17, "noise", chunk=chunk).initial_seed() & 0xFFFFFFFF for chunk in range(20_000)}
     assert len(low) == 20_000  # the CPU generator heeds no more than these 32 bits
+
+
+def test_coarse_draws_are_the_samples_own_and_have_their_moments():
+    streams = SampleStreams(0, torch.arange(400), "coarse")
+    z = streams.coarse_normal((501, 3))
+    assert z.dtype == torch.float32
+    assert abs(float(z.mean())) < 4 / z.numel() ** 0.5
+    assert float(z.var()) == pytest.approx(1, abs=6 * (2 / z.numel()) ** 0.5)
+    assert float((z**4).mean()) == pytest.approx(3, abs=6 * (96 / z.numel()) ** 0.5)
+    rows = z.reshape(400, -1)
+    assert float(torch.corrcoef(rows).fill_diagonal_(0).abs().max()) < 0.16  # 5.8 deviations over 80,000 pairs
+    assert float((rows[:, :-1] * rows[:, 1:]).mean()) == pytest.approx(0, abs=5 / rows.numel() ** 0.5)
+    u = streams.coarse_uniform((1000,))
+    assert 0 < float(u.min()) and float(u.max()) < 1
+    counts = torch.histc(u, 64, 0, 1)
+    assert float(((counts - u.numel() / 64) ** 2 / (u.numel() / 64)).sum()) < 63 + 5 * (2 * 63) ** 0.5
+    # a row is a function of (seed, index, purpose, chunk), and longer draws begin as shorter ones do
+    some = torch.tensor([17, 3])
+    again = SampleStreams(0, some, "coarse")
+    assert torch.equal(again.coarse_normal((501, 3)), z[some])
+    assert torch.equal(again.coarse_normal((100, 3)), z[some, :100])
+    assert not torch.equal(again.coarse_normal((501, 3), chunk=1), z[some])
+
+
+def test_words_of_32_bits_are_the_same_in_both_arithmetics():
+    from robust_core import random as source
+
+    key = source._mix(torch.arange(9) * 1234567)
+    low, high, counter = key & 0xFFFFFFFF, source._shift(key, 32), torch.arange(257)
+    full = 0xFFFFFFFF
+    x = (counter * source._G32 + low[:, None]) & full  # the form of other devices
+    x = (((x ^ (x >> 16)) * source._M1) & full) ^ high[:, None]
+    x = ((x ^ (x >> 15)) * source._M2) & full
+    assert torch.equal(source._hash32(counter, low, high), (x ^ (x >> 16)).to(torch.int32))
