@@ -222,7 +222,7 @@ class SampleStreams:
     def words32(self, shape: Iterable[int], *, chunk: int = 0) -> Tensor:
         """Return (B, *shape) int32 words, all 32 bits random; quick, for disturbing data."""
         shape = tuple(shape)
-        key = _mix(self.key + (chunk + 1) * _C1)
+        key = _mix(self.key + _signed((chunk + 1) * _C1))
         counter = torch.arange(math.prod(shape), dtype=torch.int64, device=key.device)
         return _hash32(counter, key & 0xFFFFFFFF, _shift(key, 32)).reshape(len(key), *shape)
 
