@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from diffusion_unlearn.erasure.parts import check_trainable, edited_copy, only_training
 from diffusion_unlearn.pipeline import Conditioning, TextToImage, UnsupportedPipelineError
 from diffusion_unlearn.trajectories import States, TrajectoryPool
-from robust_core.device import autocast, choose_device
+from robust_core.checks import check_choice
+from robust_core.device import choose_device
 from robust_core.errors import CheckpointError
 from robust_core.io import read_json, write_json
 from robust_core.models import fingerprint
 from robust_core.random import Seed, derive, resolve_seed
 from robust_core.training import Loss, RandomObjective, TrainState, fit
+from robust_core.training.plan import PRECISIONS
 
 __all__ = ["ErasureObjective", "TrainedErasure", "train"]
 
@@ -206,11 +208,12 @@ class TrainedErasure(ABC):
         result = edited_copy(pipe, self.component) if copy else pipe
         parts = TextToImage(result)
         modules = [result.unet, result.vae, *parts.encoders]
+        dtype = PRECISIONS[check_choice("precision", precision, tuple(PRECISIONS))]
         check_trainable(getattr(result, self.component), modules, precision)
         folder = None if checkpoint is None else self._claimed(Path(checkpoint), getattr(result, self.component))
         with _placed(modules, device):
             if pool is None:
-                with autocast(parts.device, precision):
+                with nullcontext() if dtype is None else torch.autocast(parts.device.type, dtype=dtype):
                     pool = self._drawn(result, folder, progress)
             objective = self.objective(result, pool=pool)
             n = self.optimiser_steps
