@@ -1,7 +1,8 @@
 """The parts of a pipeline, asked one by one, say what the pipeline says as a whole."""
 
 import copy
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from diffusion_unlearn.digits import build_pipeline
 from diffusion_unlearn.pipeline import TextToImage, UnsupportedPipelineError, replaced_embeddings
 
+Build = Callable[[], Any]
 PROMPTS = ["a photo of three", "handwritten nueve"]
 
 
@@ -20,35 +22,7 @@ def test_prompts_are_encoded_as_diffusers_encodes_them(untrained: Any) -> None:
     assert torch.equal(TextToImage(untrained).encode([""]).hidden, empty[:1])
 
 
-def tiny_xl() -> Any:
-    from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    base, generator = build_pipeline(), torch.Generator().manual_seed(0)
-    size: dict[str, Any] = {
-        "vocab_size": len(base.tokenizer), "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "max_position_embeddings": 12, "eos_token_id": base.tokenizer.eos_token_id,
-    }  # fmt: skip
-    first = CLIPTextModel(CLIPTextConfig(hidden_size=16, **size)).eval()
-    second = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=24, projection_dim=20, **size)).eval()
-    unet = UNet2DConditionModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=40, attention_head_dim=8, norm_num_groups=8, addition_embed_type="text_time",
-        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 20,
-    ).eval()  # fmt: skip
-    for module in (first, second, unet):
-        for weight in module.parameters():
-            weight.data.copy_(torch.randn(weight.shape, generator=generator) * 0.05 + (weight.ndim == 1))
-    pipe = StableDiffusionXLPipeline(
-        vae=base.vae, text_encoder=first, text_encoder_2=second, tokenizer=base.tokenizer, tokenizer_2=base.tokenizer,
-        unet=unet, scheduler=cast("Any", DDIMScheduler()), add_watermarker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def test_xl_is_encoded_and_drawn_as_diffusers_does() -> None:
+def test_xl_is_encoded_and_drawn_as_diffusers_does(tiny_xl: Build) -> None:
     pipe = tiny_xl()
     face = TextToImage(pipe)
     ours: Any = face.encode(PROMPTS)
@@ -164,7 +138,7 @@ def test_images_go_into_latents_and_back(untrained: Any) -> None:
     assert face.images_of(latents).shape == (3, 1, 8, 8)
 
 
-def test_xl_reads_other_embeddings_in_both_encoders() -> None:
+def test_xl_reads_other_embeddings_in_both_encoders(tiny_xl: Build) -> None:
     face: Any = TextToImage(tiny_xl())
     ids = face.ids(PROMPTS)
     own = [encoder.get_input_embeddings()(row) for encoder, row in zip(face.encoders, ids, strict=True)]
@@ -178,7 +152,7 @@ def test_xl_reads_other_embeddings_in_both_encoders() -> None:
     assert not torch.allclose(plain.pooled, moved.pooled)
 
 
-def test_a_picture_of_a_condition_is_that_of_its_prompt(untrained: Any) -> None:
+def test_a_picture_of_a_condition_is_that_of_its_prompt(untrained: Any, tiny_xl: Build) -> None:
     for pipe in (untrained, tiny_xl()):
         face = TextToImage(pipe)
         drawn = face.generate(PROMPTS, [3, 4], steps=3, guidance=2.0)
