@@ -38,7 +38,7 @@ def distance(first: Any, second: Any) -> float:
 @pytest.mark.parametrize("method", [ESD_METHOD, ADVERSARIAL], ids=["unet", "encoder"])
 def test_recomputed_activations_give_the_same_run(untrained: Any, pools: Any, method: TrainedErasure) -> None:
     calls, block = [], untrained.unet.up_blocks[0].resnets[0]
-    handle = block.register_forward_hook(lambda *_: calls.append(1))
+    handle = block.register_forward_pre_hook(lambda *_: calls.append(1))
     counts = []
     results = []
     for flag in (False, True):
