@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["combine", "distances_to", "nearest", "pairwise", "working_dtype"]
+__all__ = ["combine", "distances_to", "gram", "nearest", "pairwise", "working_dtype"]
 
 CHUNK_BYTES = 1 << 19
 """Bytes of a centred chunk of all rows: half of a typical second-level cache."""
@@ -90,6 +90,20 @@ def pairwise(x: Tensor) -> Tensor:
     if not _in_range(found := _pairwise(x, dtype), x):
         found = _pairwise(x, torch.float64)
         _norm_checked(found.diagonal() if torch.isfinite(found).all() else distances_to(x, torch.zeros_like(x[0])))
+    return found
+
+
+def gram(x: Tensor, centre: int) -> Tensor:
+    """Return the (n, n) float64 inner products of the rows of ``x`` after subtraction of row ``centre``.
+
+    Each is exact to rounding of the product of its two norms: far rows cost near ones no digits, as they would in
+    inner products formed from distances.
+    """
+    everyone, dtype = torch.arange(len(x), device=x.device), working_dtype(x)
+    found = _gram(x, everyone, centre, dtype)
+    if not _in_range(found.diagonal(), x):
+        found = _gram(x, everyone, centre, torch.float64)
+        _norm_checked(found.diagonal())
     return found
 
 

@@ -58,7 +58,10 @@ def bucketing(x: Tensor, s: int, *, generator: Seed = None) -> Tensor:
 
 def _scaled(x: Tensor, factors: Tensor) -> Tensor:
     """Return rows times factors; rows with factor 1 keep their bits."""
-    return torch.where((factors == 1)[:, None], x, x * factors.to(x)[:, None])
+    out = x.clone()
+    for row in (factors != 1).nonzero().flatten().tolist():
+        out[row] *= float(factors[row])
+    return out
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optim_robust.byzantine.geometry import combine, distances_to, nearest, pairwise
+from optim_robust.byzantine.geometry import combine, distances_to, gram, nearest, pairwise
 from optim_robust.byzantine.vectors import check_faulty, check_vectors, screen
 from robust_core.checks import check_choice, check_count, check_number
 
@@ -169,55 +169,62 @@ def comparative_elimination(x: Tensor, f: int) -> Tensor:
 def geometric_median(x: Tensor, *, nu: float = 0.0, max_iter: int = 1000, tol: float = 1e-10) -> Tensor:
     """Return the (d,) point with the least sum of distances to the rows.
 
-    Weiszfeld's steps act on the weights of the rows, in float64: the distances to a weighted mean follow from those
-    between the rows. A row that is itself the median is recognised by the condition of optimality.
+    Weiszfeld's steps act on the weights of the rows, in float64: the distances to a weighted mean follow from inner
+    products around the row nearest to all. A row that is itself the median is recognised by its optimality.
 
     Args:
         x: (n, d) one row for each sender.
         nu: smoothing, in the units of ``x``: weights are 1 / max(distance, nu). 0 is the exact median.
         max_iter: steps at most.
-        tol: stop when no weight moves by more.
+        tol: stop when no row pulls the result by more, relative to the typical distance.
     """
     n = len(check_vectors(x))
     check_number("nu", nu, low=0.0)
     check_number("tol", tol, low=0.0)
     check_count("max_iter", max_iter)
     x, _ = screen(x, 0)
-    squared = pairwise(x)
-    weights = _row_median(squared)
-    if weights is not None and nu == 0.0:
-        return combine(weights, x)
-    distances = squared.sqrt()
-    weights = 1 / distances.sum(1).clamp(min=torch.finfo(torch.float64).tiny)
+    medoid = int(pairwise(x).sqrt().sum(1).argsort(stable=True)[0])
+    inner = gram(x, medoid)
+    if nu == 0.0 and _is_median(inner):
+        return x[medoid].clone()
+    return combine(_weiszfeld(inner, nu, max_iter, tol) if n > 1 else torch.ones(1, dtype=torch.float64), x)
+
+
+def _is_median(inner: Tensor) -> bool:
+    """Whether the row that inner products are centred on is the geometric median.
+
+    It is iff the unit vectors from it to the others sum to at most its multiplicity in norm.
+    """
+    length = inner.diagonal().sqrt()
+    away = length > 0
+    units = inner[away][:, away] / (length[away][:, None] * length[away][None, :])
+    return float(units.sum()) <= float((~away).sum()) ** 2
+
+
+def _weiszfeld(inner: Tensor, nu: float, max_iter: int, tol: float) -> Tensor:
+    """Return the weights of the rows in their geometric median, from inner products around one of them.
+
+    Rows are scaled to comparable lengths first: a far row has a small weight and a long vector, and only the product
+    of the two may enter a sum with near rows.
+    """
+    length = inner.diagonal().sqrt()
+    typical = float(length[length > 0].median()) if bool((length > 0).any()) else 1.0
+    scale = length.clamp(min=typical)
+    units = inner / (scale[:, None] * scale[None, :])
+    floor = max(nu, 1e-12 * typical)
+    weights = 1 / (length + typical)
     weights = weights / weights.sum()
     for _ in range(max_iter):
-        length = (squared @ weights - 0.5 * weights @ squared @ weights).clamp(min=0.0).sqrt()
-        new = 1 / length.clamp(min=max(nu, 1e-12 * float(distances.max()), torch.finfo(torch.float64).tiny))
-        new /= new.sum()
-        moved = float((new - weights).abs().max())
+        place = weights * scale
+        projected = units @ place
+        squared = scale * (scale * units.diagonal() - 2 * projected) + place @ projected
+        new = 1 / squared.clamp(min=0.0).sqrt().clamp(min=floor)
+        new = new / new.sum()
+        moved = float(((new - weights) * scale).abs().max()) / typical
         weights = new
         if moved <= tol:
             break
-    return combine(weights if n > 1 else torch.ones(1, dtype=torch.float64), x)
-
-
-def _row_median(squared: Tensor) -> Tensor | None:
-    """Return the weights of a row that is the geometric median, or None.
-
-    Row i (with multiplicity) is the median iff the unit vectors from it to the others sum to at most its multiplicity
-    in norm; their inner products follow from the distances.
-    """
-    n = len(squared)
-    row = int(squared.sqrt().sum(1).argsort(stable=True)[0])
-    length = squared[row].sqrt()
-    away = length > 0
-    if not bool(away.any()):
-        return torch.full((n,), 1 / n, dtype=torch.float64, device=squared.device)
-    own = squared[row][away]
-    inner = 0.5 * (own[:, None] + own[None, :] - squared[away][:, away]) / (length[away][:, None] * length[away][None])
-    if float(inner.sum()) <= float((~away).sum()) ** 2:
-        return torch.nn.functional.one_hot(torch.tensor(row), n).double().to(squared.device)
-    return None
+    return weights
 
 
 @torch.no_grad()
