@@ -31,11 +31,22 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 from torch import nn
 
+from optim_robust.solver import Program
 from robust_core.certificates.bounds import activation_bounds
 from robust_core.checks import check_choice
 from robust_core.errors import UnsupportedLayerError
 
-__all__ = ["METHODS", "Embedding", "InputSet", "Layer", "embed", "embed_relu_network", "layers_of", "tighten"]
+__all__ = [
+    "METHODS",
+    "Embedding",
+    "InputSet",
+    "Layer",
+    "embed",
+    "embed_relu_network",
+    "layers_of",
+    "module_of",
+    "tighten",
+]
 
 Array = NDArray[np.float64]
 Bounds = tuple[Array, Array]
@@ -150,6 +161,13 @@ class Embedding:
         """Units whose sign the bounds left open."""
         return int(self.integer.sum())
 
+    def add_to(self, program: Program, inputs: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Add the new columns and all rows to a program that has the inputs; return the columns of the outputs."""
+        new = program.add_variables(self.lower, self.upper, integer=self.integer)
+        columns: Any = np.concatenate([np.asarray(inputs, dtype=np.int64), new.astype(np.int64)])
+        program.add_rows([(self.matrix, columns)], self.row_lower, self.row_upper)
+        return columns[self.outputs]
+
 
 def layers_of(network: nn.Module) -> list[Layer]:
     """Return the layers of an ``nn.Sequential`` (nested ones too) of Linear, ReLU, Flatten, Identity and Dropout.
@@ -175,6 +193,21 @@ def layers_of(network: nn.Module) -> list[Layer]:
     if not found:
         raise UnsupportedLayerError("the network has no Linear layer")
     return found
+
+
+def module_of(layers: Sequence[Layer]) -> nn.Sequential:
+    """Return the layers as a float64 module without gradients of its own."""
+    network = nn.Sequential()
+    for layer in layers:
+        height, width = layer.weight.shape
+        linear: Any = nn.utils.skip_init(nn.Linear, width, height, dtype=torch.float64)
+        with torch.no_grad():
+            linear.weight.copy_(torch.from_numpy(layer.weight.toarray()))
+            linear.bias.copy_(torch.from_numpy(layer.bias))
+        network.append(linear)
+        if layer.relu:
+            network.append(nn.ReLU())
+    return network.requires_grad_(False)
 
 
 def _check_chain(layers: Sequence[Layer], inputs: InputSet) -> None:
@@ -222,15 +255,7 @@ def tighten(
 
 def _certified(layers: Sequence[Layer], inputs: InputSet, method: str) -> list[Bounds | None]:
     """Return core's bounds of each layer that an activation reads, and of the last one."""
-    network = nn.Sequential()
-    for layer in layers:
-        linear = nn.Linear(layer.weight.shape[1], layer.weight.shape[0], dtype=torch.float64)
-        with torch.no_grad():
-            linear.weight.copy_(torch.from_numpy(layer.weight.toarray()))
-            linear.bias.copy_(torch.from_numpy(layer.bias))
-        network.append(linear)
-        if layer.relu:
-            network.append(nn.ReLU())
+    network = module_of(layers)
     low, high = (torch.from_numpy(end)[None] for end in (inputs.lower, inputs.upper))
     found = activation_bounds(network, low, high, method="interval" if method == "interval" else "crown")
     boxes = iter((box.lower[0].numpy(), box.upper[0].numpy()) for box in found)

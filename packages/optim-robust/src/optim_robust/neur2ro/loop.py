@@ -1,0 +1,244 @@
+"""The loop: planner and adversary take turns, both with the network inside, until neither has anything new to say."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optim_robust.neur2ro.adversary import ADVERSARIES, Adversary
+from optim_robust.neur2ro.families import Family, family_of, fixed
+from optim_robust.neur2ro.main_problem import MODES, Instance, MainProblem
+from optim_robust.neur2ro.model import ValueModel
+from optim_robust.neur2ro.train import fit_value_network
+from optim_robust.relu import METHODS
+from optim_robust.solver import Deadline, Status
+from optim_robust.two_stage import Step, TwoStageProblem, TwoStageSolution, WorstCase
+from robust_core.checks import check_choice, check_count, check_number
+from robust_core.random import Seed, resolve_seed
+
+__all__ = ["Neur2RO", "solve_neur2ro"]
+
+_LOGGER = logging.getLogger(__name__)
+Array = NDArray[np.float64]
+INCUMBENTS = ("best", "last")
+SHARE = 0.6
+"""Of the time that is left, the most that one solve of the planner may take."""
+
+
+class _Run:
+    """What a run has seen: candidates with their true worst cases, the proven bound, the history."""
+
+    def __init__(self, problem: TwoStageProblem, clock: Deadline, on_step: Callable[[Step], object] | None) -> None:
+        self.problem, self.clock, self.on_step = problem, clock, on_step
+        self.bound = -math.inf
+        self.seen: dict[bytes, WorstCase] = {}
+        self.candidates: list[tuple[Array, WorstCase]] = []
+        self.history: list[Step] = []
+
+    def evaluate(self, x: Array, seconds: float) -> WorstCase:
+        """Return the true worst case of ``x``, computed once."""
+        key = np.round(x, 9).tobytes()
+        if key not in self.seen:
+            self.seen[key] = self.problem.evaluate(x, time_limit=max(0.05, seconds))
+            self.candidates.append((x, self.seen[key]))
+        return self.seen[key]
+
+    def best(self, incumbent: str) -> tuple[Array, WorstCase] | None:
+        """Return the candidate to report, or None; one whose worst case is proven comes before one that looks good."""
+        if not self.candidates:
+            return None
+        if incumbent == "last":
+            return self.candidates[-1]
+        return min(self.candidates, key=lambda c: (not c[1].certified, c[1].value))
+
+    def record(self) -> None:
+        """Add a step to the history."""
+        found = self.best("best")
+        step = Step(self.clock.elapsed, self.bound, math.inf if found is None else found[1].value)
+        self.history.append(step)
+        if self.on_step is not None:
+            self.on_step(step)
+
+
+class Neur2RO:
+    """Column-and-constraint generation with a network in place of the inner problem.
+
+    The planner's dual bound certifies the answer whatever the network's quality (mode ``"argmax"``): the solution's
+    ``gap`` lies between its exact worst case and that bound. No other policy is tried inside.
+
+    Args:
+        model: the network, from :func:`~.train.fit_value_network` or :meth:`ValueModel.load`.
+        family: of the instances; found from the problem when None.
+        mode: ``"argmax"`` (the paper's default) or ``"max"`` (minimise the greatest prediction; proves nothing).
+        adversary: ``"milp"``, ``"gradient"`` or ``"sample"``; see :mod:`.adversary`.
+        bounds: how the network's bounds are tightened: ``"interval"``, ``"crown"`` or ``"lp"``.
+        incumbent: report the ``"best"`` first stage met, by its true worst case, or the ``"last"`` (the paper's).
+        time_limit: seconds for one problem, evaluation included; the paper's is 3 hours.
+        mip_gap: relative gap of both programs.
+        max_scenarios: rounds of the loop.
+        tol: relative difference of the two players' values at which the loop ends.
+        generator: seed of the adversary's starting points.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+    """
+
+    def __init__(
+        self, model: ValueModel, *, family: Family | None = None, mode: str = "argmax", adversary: str = "milp",
+        bounds: str = "lp", incumbent: str = "best", time_limit: float = 10_800.0, mip_gap: float = 1e-3,
+        max_scenarios: int = 20, tol: float = 1e-4, generator: Seed = None,
+    ) -> None:  # fmt: skip
+        if not isinstance(model, ValueModel):
+            raise TypeError(
+                f"model is a {type(model).__name__}; a ValueModel is needed (fit_value_network, ValueModel.load)"
+            )
+        self.model, self.family = model, family
+        self.mode = check_choice("mode", mode, MODES)
+        self.adversary = check_choice("adversary", adversary, ADVERSARIES)
+        self.bounds = check_choice("bounds", bounds, METHODS)
+        self.incumbent = check_choice("incumbent", incumbent, INCUMBENTS)
+        self.time_limit = check_number("time_limit", float(time_limit), low=0.0, open_low=True)
+        self.mip_gap = check_number("mip_gap", mip_gap, low=0.0)
+        self.max_scenarios = check_count("max_scenarios", max_scenarios)
+        self.tol = check_number("tol", tol, low=0.0)
+        self.seed = resolve_seed(generator)
+
+    def instance(self, problem: TwoStageProblem) -> Instance:
+        """Return the problem as the network sees it.
+
+        Raises:
+            ValueError: the network was trained for another family.
+        """
+        family = self.family if self.family is not None else family_of(problem)
+        if family.name != self.model.family:
+            family = fixed(problem)
+        if family.name != self.model.family:
+            raise ValueError(
+                f"the network was trained for {self.model.family!r}; the problem is of {family.name!r}: train one with "
+                "fit_value_network"
+            )
+        return Instance.of(problem, self.model, family.features(problem, self.model.label_scaling == "per_instance"))
+
+    def solve(self, problem: TwoStageProblem, *, on_step: Callable[[Step], object] | None = None) -> TwoStageSolution:
+        """Solve one problem.
+
+        Args:
+            problem: of the network's family.
+            on_step: called after each round with what is proven and what is held.
+
+        Raises:
+            ValueError: a problem of another family, or without the bounds that an embedding needs.
+        """
+        clock = Deadline(self.time_limit)
+        run = _Run(problem, clock, on_step)
+        instance = self.instance(problem)
+        main = MainProblem(instance, mode=self.mode, bounds=self.bounds, mip_gap=self.mip_gap, deadline=clock)
+        adversary = Adversary(
+            instance, method=self.adversary, bounds=self.bounds, mip_gap=self.mip_gap, seed=self.seed,
+            deadline=clock.at_most(0.2 * self.time_limit),
+        )  # fmt: skip
+        status = self._rounds(run, main, adversary)
+        info = {
+            "rounds": len(run.history), "scenarios": len(main.scenarios),
+            "mode": self.mode, "adversary": self.adversary,
+            "binaries of the planner": main.n_binaries, "units of the planner": main.n_relu,
+            "binaries of the adversary": adversary.n_binaries, "units of the adversary": adversary.n_relu,
+        }  # fmt: skip
+        return _solution(run, main, status, self.incumbent, info)
+
+    def _rounds(self, run: _Run, main: MainProblem, adversary: Adversary) -> Status:
+        """Run the loop; return why it ended."""
+        clock = run.clock
+        while len(main.scenarios) <= self.max_scenarios:
+            answer, x = main.solve(clock.at_most(max(0.05, SHARE * clock.left)))
+            if self.mode == "argmax" or not main.scenarios:
+                run.bound = max(run.bound, answer.bound if math.isfinite(answer.bound) else -math.inf)
+            if answer.status in (Status.INFEASIBLE, Status.UNBOUNDED, Status.ERROR):
+                return answer.status
+            if x is None:
+                return Status.TIME_LIMIT
+            worst = run.evaluate(x, 0.3 * clock.left)
+            run.record()
+            if clock.passed:
+                return Status.TIME_LIMIT
+            if worst.value == math.inf and worst.xi is not None:
+                if any(np.abs(worst.xi - xi).max() < 1e-12 for xi in main.feasible_for):
+                    return Status.ERROR  # a cut that does not cut: tolerances disagree
+                main.require_recourse(worst.xi)
+                continue
+            xi, value, _ = adversary.worst(x, clock.at_most(max(0.05, 0.3 * clock.left)))
+            if self._done(main, x, xi, value):
+                return Status.FEASIBLE
+            main.add_scenario(xi)
+        return Status.FEASIBLE
+
+    def _done(self, main: MainProblem, x: Array, xi: Array, value: float) -> bool:
+        """Return whether the adversary has found nothing that the planner does not know."""
+        if not main.scenarios:
+            return False
+        known = np.array(main.scenarios)
+        eta = float(main.instance.predict(x, known).max())
+        first = 0.0 if main.instance.features.total else main.instance.problem.first_stage_cost(x, xi)
+        close = abs(value - eta) <= self.tol * max(1e-9, abs(value + first))
+        return close or bool((np.abs(known - xi).sum(1) < 1e-3).any())
+
+
+def _solution(run: _Run, main: MainProblem, status: Status, incumbent: str, info: dict[str, Any]) -> TwoStageSolution:
+    problem, found = run.problem, run.best(incumbent)
+    scenarios = np.array(main.scenarios) if main.scenarios else np.zeros((0, problem.dim))
+    if found is None or not math.isfinite(found[1].value):
+        kept = Status.FEASIBLE if status == Status.OPTIMAL else status
+        return TwoStageSolution(
+            None, math.inf, run.bound, scenarios, tuple(run.history), kept, run.clock.elapsed, "neur2ro", info=info
+        )
+    x, worst = found
+    closed = worst.certified and worst.upper - run.bound <= 1e-6 * max(1.0, abs(worst.upper))
+    if status in (Status.INFEASIBLE, Status.UNBOUNDED, Status.ERROR):
+        status = Status.FEASIBLE  # a candidate is held all the same
+    return TwoStageSolution(
+        x, worst.value, min(run.bound, worst.upper), scenarios, tuple(run.history),
+        Status.OPTIMAL if closed else status, run.clock.elapsed, "neur2ro", worst.upper, worst.certified, None, info,
+    )  # fmt: skip
+
+
+def solve_neur2ro(
+    problem: TwoStageProblem,
+    *,
+    network: ValueModel | None = None,
+    time_limit: float = 60.0,
+    generator: Seed = None,
+    on_step: Callable[[Step], object] | None = None,
+    **options: Any,
+) -> TwoStageSolution:
+    """Solve any two-stage problem; without a network, one is first trained on the problem itself.
+
+    Args:
+        problem: knapsack, capital budgeting, or any problem with finite bounds of both stages.
+        network: a trained network; None trains one for this problem (or its family at this size), a minute or two that
+            stand in ``info["training seconds"]`` and are not part of ``time_limit``.
+        time_limit: seconds for the solve.
+        generator: seed.
+        on_step: called after each round.
+        **options: of :class:`Neur2RO`.
+    """
+    seed = resolve_seed(generator)
+    clock, trained = Deadline(), network is None
+    if network is None:
+        family = family_of(problem)
+        single = family.name.startswith("fixed:")
+        network, errors = fit_value_network(
+            family, n_instances=1 if single else 200, n_first_stage=60 if single else 8,
+            n_scenarios=40 if single else 10, sizes=(problem.x.size,), label_scaling="per_instance", epochs=60,
+            generator=seed, embed=(16, 8), post=(16, 4), value=(8,),
+        )  # fmt: skip
+        _LOGGER.info("trained in %.1f s: %s", clock.elapsed, errors)
+    training = clock.elapsed
+    answer = Neur2RO(network, time_limit=time_limit, generator=seed, **options).solve(problem, on_step=on_step)
+    if trained:
+        answer.info["training seconds"] = training
+    return answer
