@@ -41,6 +41,7 @@ class Status(StrEnum):
     """Why a solver stopped; whether it holds a point is another question.
 
     ``FEASIBLE``: a method that proves no optimality ended of itself. ``TIME_LIMIT``: with or without an incumbent.
+    ``NO_SOLUTION``: the policies that a restricted method looks at are infeasible; the problem itself may not be.
     """
 
     OPTIMAL = "optimal"
@@ -48,6 +49,7 @@ class Status(StrEnum):
     INFEASIBLE = "infeasible"
     UNBOUNDED = "unbounded"
     TIME_LIMIT = "time_limit"
+    NO_SOLUTION = "no_solution"
     ERROR = "error"
 
 
@@ -211,6 +213,10 @@ class Program:
             columns = matrix.shape[1]
             worst = max(worst, _excess(matrix @ point[:columns], low, up))
         return worst
+
+    def row_duals(self) -> Array:
+        """Return the (rows,) duals of the last solve of a linear program."""
+        return np.asarray(self._highs.getSolution().row_dual, dtype=np.float64)
 
     def solve(
         self,

@@ -15,7 +15,7 @@ overrides :meth:`~TwoStageProblem.recourse` or :meth:`~TwoStageProblem.evaluate`
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -42,7 +42,7 @@ class AffineVector:
         dim: number of uncertain parameters; needed without slopes.
     """
 
-    def __init__(self, constant: ArrayLike, slopes: ArrayLike | sparse.spmatrix | None = None, *, dim: int = 0) -> None:
+    def __init__(self, constant: ArrayLike, slopes: ArrayLike | Any | None = None, *, dim: int = 0) -> None:
         self.constant = np.atleast_1d(np.asarray(constant, dtype=np.float64))
         m = len(self.constant)
         self.slopes: Any = (
@@ -74,9 +74,7 @@ class AffineMatrix:
         slopes: one (m, n) matrix for each uncertain parameter that matters, by its index.
     """
 
-    def __init__(
-        self, constant: ArrayLike | sparse.spmatrix, slopes: dict[int, sparse.spmatrix | Array] | None = None
-    ) -> None:
+    def __init__(self, constant: ArrayLike | Any, slopes: Mapping[int, Any] | None = None) -> None:
         self.constant: Any = sparse.csr_matrix(constant, dtype=np.float64)
         given: dict[int, Any] = {j: sparse.csr_matrix(m, dtype=np.float64) for j, m in (slopes or {}).items()}
         self.slopes = {j: m for j, m in sorted(given.items()) if m.nnz}
@@ -186,7 +184,7 @@ class TwoStageProblem:
         recourse: AffineMatrix,
         rhs: AffineVector,
         constant: AffineVector | None = None,
-        static: tuple[ArrayLike | sparse.spmatrix, ArrayLike] | None = None,
+        static: tuple[ArrayLike | Any, ArrayLike] | None = None,
         row_names: Sequence[str] | None = None,
         name: str = "problem",
         sense: int = 1,
