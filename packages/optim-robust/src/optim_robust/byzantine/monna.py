@@ -148,7 +148,7 @@ class MoNNAOptimizer(torch.optim.Optimizer):
         moments, halves = [], []
         for group in self.param_groups:
             for parameter in group["params"]:
-                old = self.state[parameter].get("momentum")
+                old = self.state.get(parameter, {}).get("momentum")
                 moment = torch.zeros_like(parameter) if old is None else old
                 if parameter.grad is not None:
                     moment = group["beta"] * moment + (1 - group["beta"]) * parameter.grad
