@@ -201,7 +201,7 @@ def _work(
             on_step(task, before + done, len(shards))
 
     report(0, 0)
-    here = workers == 1
+    here = workers == 1 or len(open_) <= 1
     do = partial(_do, setting=setting, on_step=on_step if here else None)
     made = run_shards(
         do, [shards[i] for i in open_], backend="here" if here else "processes", workers=workers, on_step=report
@@ -246,7 +246,7 @@ def attack_prompts(
     """Attack an erased pipeline.
 
     Args:
-        pipe: the victim, or a folder that holds it (with several processes each then loads its own).
+        pipe: the victim, or a folder that holds it, which several processes need.
         prompts: what an attacker would like to have drawn, with seeds.
         judge: says whether the concept is seen.
         attacks: name -> attack.
@@ -277,6 +277,11 @@ def attack_prompts(
     check_choice("precision", precision, ("float32", "bfloat16", "float16"))
     if not attacks:
         raise ValueError("attacks: at least one is needed")
+    for label, given in (("pipe", pipe), ("original", original)):
+        if workers > 1 and given is not None and not isinstance(given, str | os.PathLike):
+            raise ValueError(
+                f"workers={workers}: every process loads its own {label}; give a folder (pipe.save_pretrained(folder))"
+            )
     tries = tuple(Try(p.text, p.seed, guidance if p.guidance is None else p.guidance) for p in prompts)
     setting = Setting(
         pipe, original, tries, dict(attacks), judge, steps, batch_size, seed, precision, device,
