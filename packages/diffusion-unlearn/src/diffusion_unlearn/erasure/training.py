@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -147,12 +147,13 @@ class TrainedErasure(ABC):
         """Of Adam."""
 
     @abstractmethod
-    def pool(self, pipe: Any, *, progress: Progress | None = None) -> Any:
+    def pool(self, pipe: Any, *, progress: Progress | None = None, **drawing: Any) -> Any:
         """Return what the method needs of the unedited pipeline, drawn once.
 
         Args:
             pipe: the unedited pipeline.
             progress: called with (what is drawn, done, in all).
+            drawing: how much is drawn, and with which sampler; each method names its own.
         """
 
     @abstractmethod
@@ -177,6 +178,7 @@ class TrainedErasure(ABC):
         pipe: Any,
         *,
         pool: Any = None,
+        drawing: Mapping[str, Any] | None = None,
         copy: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 100,
@@ -191,6 +193,7 @@ class TrainedErasure(ABC):
         Args:
             pipe: an unedited pipeline.
             pool: what :meth:`pool` gave; None draws it now.
+            drawing: arguments of :meth:`pool` where it is drawn now, such as ``{"n": 8, "steps": 20}``.
             copy: False changes ``pipe`` itself.
             checkpoint: folder; a run that was interrupted goes on from there, with what it had drawn.
             checkpoint_every: steps between checkpoints.
@@ -210,11 +213,12 @@ class TrainedErasure(ABC):
         modules = [result.unet, result.vae, *parts.encoders]
         dtype = PRECISIONS[check_choice("precision", precision, tuple(PRECISIONS))]
         check_trainable(getattr(result, self.component), modules, precision)
-        folder = None if checkpoint is None else self._claimed(Path(checkpoint), getattr(result, self.component))
+        how = dict(drawing or {})
+        folder = None if checkpoint is None else self._claimed(Path(checkpoint), getattr(result, self.component), how)
         with _placed(modules, device):
             if pool is None:
                 with nullcontext() if dtype is None else torch.autocast(parts.device.type, dtype=dtype):
-                    pool = self._drawn(result, folder, progress)
+                    pool = self._drawn(result, folder, how, progress)
             objective = self.objective(result, pool=pool)
             n = self.optimiser_steps
             train(
@@ -224,9 +228,10 @@ class TrainedErasure(ABC):
             )  # fmt: skip
         return result
 
-    def _claimed(self, folder: Path, model: nn.Module) -> Path:
+    def _claimed(self, folder: Path, model: nn.Module, drawing: dict[str, Any]) -> Path:
         """Return the folder of a run, after writing into it, or finding there, whose run it is."""
-        mine, file = {"recipe": repr(self), "model_sha256": fingerprint(model)}, folder / "run.json"
+        mine = {"recipe": repr(self), "drawing": repr(sorted(drawing.items())), "model_sha256": fingerprint(model)}
+        file = folder / "run.json"
         if file.is_file():
             theirs = read_json(file)
             theirs = theirs if isinstance(theirs, dict) else {}
@@ -240,11 +245,11 @@ class TrainedErasure(ABC):
         write_json(file, mine)
         return folder
 
-    def _drawn(self, pipe: Any, folder: Path | None, progress: Progress | None) -> Any:
+    def _drawn(self, pipe: Any, folder: Path | None, drawing: dict[str, Any], progress: Progress | None) -> Any:
         done = None if folder is None else folder / "pool" / "whole.json"
         if done is not None and done.is_file():
             return self.kept_pool(done.parent)
-        found = self.pool(pipe, progress=progress)
+        found = self.pool(pipe, progress=progress, **drawing)
         if done is not None:
             self.keep_pool(found, done.parent)
             write_json(done, {"schema": "drawn-pool/1"})  # last: a pool that was cut short is drawn again
