@@ -67,3 +67,38 @@ def test_the_kit_tells_policies_that_break_the_protocol(fault: str) -> None:
         except AssertionError as error:
             told.append(str(error))
     assert bool(told) == (fault != "none")
+
+
+def _median_with(fault: str) -> Any:
+    calls = []
+
+    def rule(x: Tensor) -> Tensor:
+        calls.append(0)
+        if fault != "accepts":
+            if x.ndim != 2 or len(x) < 5 or not x.shape[1] or not x.is_floating_point():
+                raise ValueError("x must be (n, d), n of at least 5")
+            if not bool(torch.isfinite(x).all()):
+                raise ValueError("x holds NaN or infinity")
+        if fault == "writes":
+            x[0] += 1
+        middle = x.mean(0) if fault == "mean" else x.sort(0).values[(len(x) - 1) // 2].clone()
+        faults = {"random": middle + len(calls) % 2, "order": x[2] * 1.0, "dtype": middle.float(), "view": x[0],
+                  "offset": middle + 3, "nan": middle * torch.nan}  # fmt: skip
+        return faults.get(fault, middle)
+
+    return rule
+
+
+@pytest.mark.parametrize(
+    "fault", ["none", "accepts", "writes", "mean", "random", "order", "dtype", "view", "offset", "nan"]
+)
+def test_the_kit_tells_aggregators_that_break_the_protocol(fault: str) -> None:
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    told = []
+    for check in CHECKS["aggregator"]:
+        case = Case(_median_with(fault), nn.Identity(), x.clone(), torch.zeros(9, dtype=torch.int64), {"f": 2})
+        try:
+            check(case)
+        except AssertionError as error:
+            told.append(str(error))
+    assert bool(told) == (fault != "none")

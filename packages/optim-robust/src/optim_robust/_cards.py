@@ -13,4 +13,14 @@ CARDS: tuple[MethodCard, ...] = (
         example="optim_robust._examples:federated_reconnaissance",
         claim="optim_robust.claims.federated_reconnaissance",
     ),
+    MethodCard(
+        slug="monna",
+        title="MoNNA: learning with peers that may lie, by local momentum and nearest-neighbour averages",
+        paper="Farhadkhani, Guerraoui, Gupta, Hoang, Pinot and Stephan 2023, arXiv 2209.10931",
+        kind="aggregator",
+        task="collaborative learning",
+        target="optim_robust.byzantine.monna:MoNNA",
+        example="optim_robust._examples:monna",
+        claim="optim_robust.claims.monna",
+    ),
 )

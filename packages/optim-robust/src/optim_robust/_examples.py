@@ -5,7 +5,7 @@ from __future__ import annotations
 from robust_core.testing import Case
 from robust_core.testing.tiny import digits
 
-__all__ = ["federated_reconnaissance"]
+__all__ = ["federated_reconnaissance", "monna"]
 
 
 def federated_reconnaissance() -> Case:
@@ -14,3 +14,14 @@ def federated_reconnaissance() -> Case:
 
     x, y = digits()
     return Case(Prototypical(3), conv_encoder(1, 16, blocks=2, generator=0), x[:64], y[:64], {"lr": 0.01})
+
+
+def monna() -> Case:
+    """Return the average around row 0 on vectors of eleven peers, two of whom may lie."""
+    import torch
+
+    from optim_robust.byzantine import NearestNeighborAverage
+
+    rule = NearestNeighborAverage(f=2, pivot=0)
+    x = 1.0 + torch.randn(11, 40, generator=torch.Generator().manual_seed(0))
+    return Case(rule, rule, x, torch.zeros(11, dtype=torch.int64), {"f": 2})
