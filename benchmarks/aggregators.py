@@ -41,6 +41,7 @@ def ours() -> dict[str, Call]:
         "trimmed mean": lambda x: coordinates.trimmed_mean(x, F),
         "MeaMed": lambda x: coordinates.mean_around_median(x, F),
         "geometric median": rules.geometric_median,
+        "geometric median, 3 steps": rules.smoothed_weiszfeld,
         "Krum": lambda x: rules.krum(x, F),
         "multi-Krum": lambda x: rules.multi_krum(x, F),
         "centred clipping": lambda x: rules.centered_clipping(x, tau=100.0),
@@ -65,6 +66,7 @@ def theirs() -> dict[str, Call]:
         "trimmed mean": byzfl.TrMean(F),
         "MeaMed": byzfl.Meamed(F),
         "geometric median": byzfl.GeometricMedian(),
+        "geometric median, 3 steps": byzfl.GeometricMedian(),
         "Krum": byzfl.Krum(F),
         "multi-Krum": byzfl.MultiKrum(F),
         "centred clipping": byzfl.CenteredClipping(tau=100.0),
@@ -79,8 +81,10 @@ def theirs() -> dict[str, Call]:
     }
 
 
-EQUAL = {"mean", "median", "trimmed mean", "MeaMed", "Krum", "multi-Krum", "centred clipping", "clipping", "ARC",
-         "nearest-neighbour averaging", "nearest-neighbour mixing", "MDA, n=14, f=4"}  # fmt: skip
+EQUAL = {
+    "geometric median, 3 steps", "mean", "median", "trimmed mean", "MeaMed", "Krum", "multi-Krum", "centred clipping", "clipping", "ARC",
+    "nearest-neighbour averaging", "nearest-neighbour mixing", "MDA, n=14, f=4",
+}  # fmt: skip
 """Where the definitions are the same. The peer's geometric median stops after 3 steps, its eigenvectors for CAF and
 SMEA are one power step from a random vector, its buckets are drawn."""
 NORMS = {"centred clipping", "clipping", "ARC"}

@@ -134,7 +134,21 @@ def test_other_rules_mix_too() -> None:
     assert torch.equal(mixed[0], trimmed_mean(x, 2))
     assert torch.equal(mixed[3], trimmed_mean(x[heard[3]], 2))
     clipped = SelfCenteredClipping(0.5, 2)(x, own, heard)
-    assert torch.equal(clipped[1], centered_clipping(x, x[1], tau=0.5, n_iter=2))
+    for peer in range(5):
+        alone = centered_clipping(x[heard[peer]], x[peer], tau=0.5, n_iter=2)
+        assert torch.allclose(clipped[peer], alone)
+    long = draw(4, 70_000)
+    some = torch.tensor([[True, True, True, False], [True, True, True, True]])
+    clipped = SelfCenteredClipping(0.5, 2)(long, torch.arange(2), some)
+    assert torch.allclose(clipped[0], centered_clipping(long[:3], long[0], tau=0.5, n_iter=2))
+
+
+def test_coordinate_rules_take_all_peers_in_one_call() -> None:
+    x, own = draw(8, 5), torch.arange(6)
+    heard = torch.ones(6, 8, dtype=torch.bool)
+    heard[own, (own + 1) % 6] = False
+    apart, together = (Aggregation(trimmed_mean, 2, columnwise=flag)(x, own, heard) for flag in (False, True))
+    assert torch.equal(apart, together)
 
 
 # -- one peer --------------------------------------------------------------------------------------------------
@@ -221,7 +235,7 @@ def test_a_bad_round_changes_nothing() -> None:
 
 def test_bad_settings_are_refused() -> None:
     for wrong in ({"n": 6, "f": 3}, {"n": 9, "f": 3, "wait": "n-f"}, {"n": 9, "f": 1, "wait": "some"}):
-        with pytest.raises(ValueError, match="f=3|wait='some'"):
+        with pytest.raises(ValueError, match=r"f=3|wait='some'"):
             MoNNA(**wrong)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="beta=1"):
         MoNNA(9, 1, beta=1.0)

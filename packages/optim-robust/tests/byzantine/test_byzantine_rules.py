@@ -22,6 +22,7 @@ from optim_robust.byzantine.rules import (
     mean,
     multi_krum,
     nearest_neighbor_average,
+    smoothed_weiszfeld,
 )
 from optim_robust.byzantine.subsets import bulyan, least_diameter, least_eigenvalue, minimum_diameter_average, smea
 from optim_robust.byzantine.theory import KAPPA_RULES, kappa, kappa_lower_bound, kappa_of_mixing, measured_kappa
@@ -105,6 +106,13 @@ def test_geometric_median_is_a_minimum(n: int, seed: int) -> None:
 def test_smoothing_moves_the_geometric_median_to_the_mean() -> None:
     x = draw(9, 5)
     assert torch.allclose(geometric_median(x, nu=1e6), mean(x), atol=1e-9)
+
+
+def test_three_steps_from_the_origin_are_not_the_geometric_median() -> None:
+    corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [100.0, 100.0]]).double()
+    assert smoothed_weiszfeld(corners)[0].item() == pytest.approx(0.372, abs=5e-4)
+    many = smoothed_weiszfeld(corners, nu=1e-9, n_iter=500, start=corners.median(0).values + 0.1)
+    assert torch.allclose(many, geometric_median(corners), atol=1e-5)
 
 
 def test_centred_clipping_by_hand() -> None:

@@ -77,11 +77,12 @@ def test_all_honest_peers_with_the_mean_are_one_sgd_on_their_mean_gradient() -> 
     assert max(run.drift) < 1e-10
     program, held = NodeProgram(network(), lr=0.5, beta=0.9), shards(5)
     theta, momentum = program.start(1).theta[0], torch.zeros(program.n_parameters)
+    call = torch.func.functional_call
     for step in range(6):
         x, y = held.batch(torch.arange(5), step, 8)
         gradients = torch.stack([
             torch.autograd.grad(
-                nn.functional.cross_entropy(torch.func.functional_call(network(), program.parameters(row), (a,)), b), row
+                nn.functional.cross_entropy(call(network(), program.parameters(row), (a,)), b), row
             )[0]
             for row, a, b in zip([theta.clone().requires_grad_() for _ in range(5)], x, y, strict=True)
         ])  # fmt: skip

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from optim_robust.byzantine.geometry import combine, distances_to, working_dtype
-from optim_robust.byzantine.rules import centered_clipping
 from optim_robust.byzantine.vectors import (
     AggregationError,
     TooFewMessagesError,
@@ -26,6 +25,9 @@ from optim_robust.byzantine.vectors import (
 from robust_core.checks import check_count, check_number
 
 __all__ = ["Aggregation", "Mixing", "NearestNeighbors", "SelfCenteredClipping", "heard_finite"]
+
+SHORT = 1 << 16
+"""Vectors up to this length are compared all at once, longer ones peer by peer in chunks."""
 
 
 class Mixing(Protocol):
@@ -99,19 +101,23 @@ class NearestNeighbors:
 
 def _squared(pool: Tensor, own: Tensor, heard: Tensor) -> Tensor:
     """Return (k, m) squared distances from each peer's own row; -1 to itself, infinite to what it did not hear."""
-    if pool.shape[1] <= 1 << 16:
-        wide = torch.float64 if pool.dtype == torch.float64 else working_dtype(pool)
-        rows = pool.to(wide)
-        found = torch.cdist(rows[own], rows, compute_mode="donot_use_mm_for_euclid_dist").double().square()
-        if not bool(torch.isfinite(found[heard]).all()):
-            found = torch.cdist(rows[own].double(), rows.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
-    else:
-        found = torch.full(heard.shape, torch.inf, dtype=torch.float64, device=pool.device)
-        for peer, row in enumerate(own.tolist()):
-            mine = heard[peer]
-            found[peer, mine] = distances_to(pool if bool(mine.all()) else pool[mine], pool[row])
-    found = found.masked_fill(~heard, torch.inf)
+    found = _from_points(pool, pool[own], heard)
     found[torch.arange(len(own), device=pool.device), own] = -1.0
+    return found
+
+
+def _from_points(pool: Tensor, points: Tensor, heard: Tensor) -> Tensor:
+    """Return (k, m) squared distances from (k, d) points to the rows heard; infinite to the others."""
+    if pool.shape[1] <= SHORT:
+        wide = working_dtype(pool)
+        rows, point, mode = pool.to(wide), points.to(wide), "donot_use_mm_for_euclid_dist"
+        found = torch.cdist(point, rows, compute_mode=mode).double().square()
+        if not bool(torch.isfinite(found[heard]).all()):
+            found = torch.cdist(point.double(), rows.double(), compute_mode=mode).square()
+        return found.masked_fill(~heard, torch.inf)
+    found = torch.full(heard.shape, torch.inf, dtype=torch.float64, device=pool.device)
+    for point, mask, row in zip(points, heard, found, strict=True):
+        row[mask] = distances_to(pool if bool(mask.all()) else pool[mask], point)
     return found
 
 
@@ -124,10 +130,12 @@ class Aggregation:
     Attributes:
         rule: (r, d) -> (d,), or (r, d), f -> (d,) where ``f`` is given.
         f: senders that may be faulty; passed on, less those that sent NaN or infinity. None: the rule takes no f.
+        columnwise: whether the rule treats each coordinate alone, so that all peers fit into one call.
     """
 
     rule: Callable[..., Tensor]
     f: int | None = None
+    columnwise: bool = False
 
     @torch.no_grad()
     def __call__(self, pool: Tensor, own: Tensor, heard: Tensor) -> Tensor:
@@ -135,15 +143,21 @@ class Aggregation:
         check_vectors(pool)
         f = int(heard.sum(1).max()) if self.f is None else self.f
         heard, faulty = heard_finite(pool, own, heard, f)
+        alike = len(set(zip(heard.sum(1).tolist(), faulty.tolist(), strict=True))) == 1
+        if self.columnwise and alike and heard.sum() * pool.shape[1] <= 1 << 24 and not bool((heard == heard[0]).all()):
+            rows = pool[heard.nonzero()[:, 1]].unflatten(0, (len(own), -1)).transpose(0, 1)  # (r, k, d)
+            return self._apply(rows.flatten(1), int(faulty[0])).unflatten(0, (len(own), -1))
         made: dict[tuple[bool, ...], Tensor] = {}
         results = []
         for mask, left in zip(heard, faulty.tolist(), strict=True):
             key = tuple(mask.tolist())
             if key not in made:
-                rows = pool if all(key) else pool[mask]
-                made[key] = self.rule(rows) if self.f is None else self.rule(rows, left)
+                made[key] = self._apply(pool if all(key) else pool[mask], left)
             results.append(made[key])
         return torch.stack(results)
+
+    def _apply(self, rows: Tensor, f: int) -> Tensor:
+        return self.rule(rows) if self.f is None else self.rule(rows, f)
 
 
 @dataclass(frozen=True)
@@ -170,8 +184,11 @@ class SelfCenteredClipping:
         """Return (k, d); see :class:`Mixing`."""
         check_vectors(pool)
         heard, _ = heard_finite(pool, own, heard, self.f)
-        rows = [
-            centered_clipping(pool if bool(mask.all()) else pool[mask], pool[row], tau=self.tau, n_iter=self.n_iter)
-            for row, mask in zip(own.tolist(), heard, strict=True)
-        ]
-        return torch.stack(rows)
+        if not bool(heard.all()):
+            pool = pool.where(heard.any(0)[:, None], torch.zeros((), dtype=pool.dtype, device=pool.device))
+        points = pool[own]
+        for _ in range(self.n_iter):
+            weights = (self.tau / _from_points(pool, points, heard).sqrt()).clamp(max=1.0) / heard.sum(1, keepdim=True)
+            rest = (1 - weights.sum(1, keepdim=True)).to(points.dtype)
+            points = combine(weights, pool) + rest * points
+        return points

@@ -33,6 +33,7 @@ __all__ = [
     "mean",
     "multi_krum",
     "nearest_neighbor_average",
+    "smoothed_weiszfeld",
 ]
 
 
@@ -225,6 +226,29 @@ def _weiszfeld(inner: Tensor, nu: float, max_iter: int, tol: float) -> Tensor:
         if moved <= tol:
             break
     return weights
+
+
+@torch.no_grad()
+def smoothed_weiszfeld(x: Tensor, *, nu: float = 0.1, n_iter: int = 3, start: Tensor | None = None) -> Tensor:
+    """Return a few smoothed Weiszfeld steps: what other libraries and papers run as "the geometric median".
+
+    Three steps from the origin are far from converged; this is for comparisons, :func:`geometric_median` for use.
+
+    Args:
+        x: (n, d) one row for each sender.
+        nu: least distance, in the units of ``x``, above 0.
+        n_iter: steps.
+        start: (d,) first point; the origin when None.
+    """
+    check_vectors(x)
+    check_number("nu", nu, low=0.0, open_low=True)
+    check_count("n_iter", n_iter)
+    x, _ = screen(x, 0)
+    point = torch.zeros_like(x[0]) if start is None else start
+    for _ in range(n_iter):
+        weights = 1 / distances_to(x, point).sqrt().clamp(min=nu)
+        point = combine(weights / weights.sum(), x)
+    return point
 
 
 @torch.no_grad()
