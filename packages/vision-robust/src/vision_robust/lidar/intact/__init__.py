@@ -20,6 +20,7 @@ which baseline they are measured against is not said.
 """
 
 from vision_robust.lidar.intact.curriculum import Curriculum
+from vision_robust.lidar.intact.detection import Detection, columns_of
 from vision_robust.lidar.intact.perturbation import TargetedPerturbation
 from vision_robust.lidar.intact.saliency import robust_saliency
 from vision_robust.lidar.intact.tasks import Classification, Perception
@@ -31,12 +32,14 @@ __all__ = [
     "Classification",
     "Curriculum",
     "CurriculumTraining",
+    "Detection",
     "Hardened",
     "MetaLearning",
     "Perception",
     "Settings",
     "TargetedPerturbation",
     "adapted",
+    "columns_of",
     "harden",
     "robust_saliency",
 ]
