@@ -25,8 +25,8 @@ def columns_of(frames: Sequence[Frame], *, margin: float = 1.0, channels: int = 
     """Return frames as columns of equal size.
 
     ``x`` (S, N, channels), ``mask`` (S, N), ``boxes`` (S, K, 7), ``y`` (S, K) labels or -1 where a frame has fewer
-    boxes or one to be ignored, ``owner`` (S, N) the box that a point lies in and ``region`` (S, N) the one within ``margin``
-    metres, -1 for none.
+    boxes or one to be ignored, ``owner`` (S, N) the box that a point lies in and ``region`` (S, N) the one within
+    ``margin`` metres, -1 for none.
     """
     if not frames:
         raise ValueError("frames is empty; at least one is needed")
