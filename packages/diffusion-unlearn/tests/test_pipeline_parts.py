@@ -166,3 +166,14 @@ def test_what_fits_is_said(untrained: Any) -> None:
     face = TextToImage(untrained)
     assert face.fits(" ".join(["three"] * 10))
     assert not face.fits(" ".join(["three"] * 11))
+
+
+def test_a_pipeline_is_known_by_what_it_draws_wherever_it_lies(untrained: Any, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    untrained.save_pretrained(tmp_path)
+    found: Any = StableDiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
+    assert TextToImage(found).sha256 == TextToImage(untrained).sha256
+    found.scheduler.register_to_config(steps_offset=0)
+    assert TextToImage(found).sha256 != TextToImage(untrained).sha256
+    assert TextToImage(build_pipeline(generator=1)).sha256 != TextToImage(untrained).sha256

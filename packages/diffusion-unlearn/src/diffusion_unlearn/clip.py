@@ -121,6 +121,8 @@ class ClipFeatures:
             rows = [_pooled(self.model.get_image_features(self._pixels(x))) for x in images.split(self.batch_size)]
         return functional.normalize(torch.cat(rows).float(), dim=1).to(images.device)
 
+    __call__ = images
+
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Return (B, D) unit vectors of texts.
 

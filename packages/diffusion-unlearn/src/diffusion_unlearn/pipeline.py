@@ -13,6 +13,7 @@ are the pipeline's own, so that a method changes exactly what the user will save
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_core.errors import RobustError
+from robust_core.models import fingerprint
 from robust_core.random import Seed, derive, resolve_seed, stream
 
 __all__ = ["Conditioning", "SamplerState", "TextToImage", "UnsupportedPipelineError", "replaced_embeddings"]
@@ -160,6 +162,14 @@ class TextToImage:
     def embedding_table(self) -> Tensor:
         """(V, D) token embeddings of the first encoder."""
         return self.encoders[0].get_input_embeddings().weight
+
+    @property
+    def sha256(self) -> str:
+        """Of what draws and encodes: networks and the scheduler's settings, wherever they were loaded from."""
+        modules = [self.pipe.unet, *self.encoders, self.pipe.vae]
+        config = {k: v for k, v in self.pipe.scheduler.config.items() if not k.startswith("_")}
+        told = [type(self.pipe).__name__, type(self.pipe.scheduler).__name__, str(sorted(config.items()))]
+        return hashlib.sha256("".join([*told, *map(fingerprint, modules)]).encode()).hexdigest()
 
     # -- words ---------------------------------------------------------------------------------------------------
 
