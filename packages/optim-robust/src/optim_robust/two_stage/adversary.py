@@ -1,29 +1,37 @@
-"""The adversary's problem against a finite pool of second-stage plans, and the static plan against all of a set.
+"""The adversary's problem against the planner's best answers, and the static plan against all of a set.
 
 Two programs from which everything else is built:
 
-- :class:`PoolAdversary`: ``max_xi min {cost of (x, y_k) at xi : y_k feasible at xi}`` over a list of plans. A linear
-  program where only costs are uncertain; otherwise one binary for each row by which the adversary can break a plan.
+- :func:`worst_of_plans`: ``max_xi min {cost of (x, y) at xi : y feasible at xi}``, where an oracle names the planner's
+  answer to a xi. A branch and bound whose nodes are linear programs: an answer y either bounds the cost
+  (``theta <= cost_y(xi)``) or is broken in one of its rows, so the node where y is the answer splits into those cases,
+  and no big-M is needed. Answers that nothing can break are cuts for all nodes; where only costs are uncertain this is
+  a plain cutting-plane method.
 - :func:`static_program`: ``min_{x, y} max_xi cost`` with one plan y that is feasible for every xi, by linear duality
   over the polyhedron, row by row (Ben-Tal and Nemirovski).
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from optim_robust.solver import Deadline, Program, SolverError, Status
+from optim_robust.solver import Deadline, Program, Status
 from optim_robust.two_stage.problem import TwoStageProblem
 from optim_robust.uncertainty import Discrete
 
-__all__ = ["ROW_TOLERANCE", "PoolAdversary", "cost_ceiling", "static_program"]
+__all__ = ["ROW_TOLERANCE", "Oracle", "Worst", "cost_ceiling", "static_program", "worst_of_plans"]
 
 Array = NDArray[np.float64]
+Oracle = Callable[[Array], tuple[float, Array | None, Status]]
 ROW_TOLERANCE = 1e-4  # a plan counts as broken at xi when a row is exceeded by this times 1 + |h|
 
 
@@ -44,62 +52,135 @@ def cost_ceiling(problem: TwoStageProblem, x: Array) -> float:
         return float(_interval(constant, slopes, problem)[1] + np.max(corners, axis=0).sum())
 
 
-class PoolAdversary:
-    """``max_xi theta`` with, for each plan k, ``theta <= cost_k(xi)`` or plan k infeasible at xi.
+@dataclass(frozen=True)
+class Worst:
+    """``value`` is attained at ``xi``; ``upper`` is proven. ``value`` = +inf: the planner has no answer to ``xi``."""
 
-    Plans are added one by one to one persistent program, each with its own first stage (k-adaptability shares one).
+    value: float
+    upper: float
+    xi: Array | None
+    status: Status
+    n_asked: int
+
+
+class _Nodes:
+    """The open nodes of the adversary's tree: rows over (xi, theta), best bound first."""
+
+    def __init__(self, problem: TwoStageProblem, ceiling: float) -> None:
+        box = problem.uncertainty
+        self.low, self.up = np.append(box.lower, -math.inf), np.append(box.upper, ceiling)
+        matrix, bound = box.constraints()
+        self.common = [np.append(row, 0.0) for row in matrix.toarray()]
+        self.common_rhs = bound.tolist()
+        self.tie, self.closed = itertools.count(), -math.inf
+        self.open: list[tuple[float, int, list[Array], list[float]]] = [(-ceiling, next(self.tie), [], [])]
+
+    def push(self, bound: float, rows: list[Array], rhs: list[float]) -> None:
+        heapq.heappush(self.open, (-bound, next(self.tie), rows, rhs))
+
+    def solve(
+        self, rows: list[Array], rhs: list[float], floor: float, deadline: Deadline
+    ) -> tuple[Array | None, float, Status]:
+        """Maximise theta >= floor over a node; (None, -inf, INFEASIBLE) where nothing reaches the floor."""
+        program, low = Program(), self.low.copy()
+        low[-1] = floor
+        columns = program.add_variables(low, self.up, cost=np.append(np.zeros(len(low) - 1), -1.0))
+        if rows or self.common:
+            program.add_rows([(np.array(self.common + rows), columns)], upper=np.array(self.common_rhs + rhs))
+        answer = program.solve(deadline)
+        if answer.point is None:
+            return None, math.inf if answer.status == Status.UNBOUNDED else -math.inf, answer.status
+        return np.clip(answer.point[:-1], self.low[:-1], self.up[:-1]), -answer.value, answer.status
+
+
+def worst_of_plans(
+    problem: TwoStageProblem,
+    x: Array,
+    oracle: Oracle,
+    *,
+    ceiling: float,
+    tol: float = 1e-6,
+    deadline: Deadline,
+    probes: list[Array] | None = None,
+) -> Worst:
+    """Return ``max_xi`` of the oracle's cost, which must be the least among finitely many plans feasible at xi.
 
     Args:
         problem: whose uncertainty set is a polyhedron.
-        ceiling: finite upper bound on theta, reached where the adversary breaks every plan; infinite is allowed where
-            only costs are uncertain.
+        x: first stage.
+        oracle: xi -> (total cost, plan, status): the best plan that exceeds no row by ``ROW_TOLERANCE`` / 2; the plan
+            is None, and the cost infinite, where there is none.
+        ceiling: bound on the cost of every plan at every xi; infinite is allowed where only costs are uncertain.
+        tol: relative gap.
+        deadline: past it the interval proven so far is returned.
+        probes: points at which to ask first.
     """
+    value, worst, asked = -math.inf, None, 0
+    nodes = _Nodes(problem, ceiling)
+    limit = ROW_TOLERANCE * (1 + np.abs(problem.h.constant))
+    for xi in probes or []:
+        cost, y, status = oracle(xi)
+        asked += 1
+        if y is None:
+            return Worst(cost, max(cost, ceiling), xi, status, asked)
+        _split(problem, x, y, nodes, None, limit)
+        if cost > value:
+            value, worst = cost, xi
+    while nodes.open:
+        slack = tol * max(1.0, abs(value)) if math.isfinite(value) else 0.0
+        key, _, rows, rhs = heapq.heappop(nodes.open)
+        if -key <= value + slack or deadline.passed:
+            nodes.push(-key, rows, rhs)
+            break
+        xi, bound, status = nodes.solve(rows, rhs, value - slack, deadline)
+        if xi is None and status != Status.INFEASIBLE:
+            nodes.push(-key, rows, rhs)
+            return Worst(value, -nodes.open[0][0], worst, status, asked)
+        bound = min(bound, -key)
+        if xi is None or bound <= value + slack:
+            nodes.closed = max(nodes.closed, bound)
+            continue
+        cost, y, status = oracle(xi)
+        asked += 1
+        if y is None:
+            known = bound if status == Status.TIME_LIMIT else max(cost, bound)
+            return Worst(cost if cost == math.inf else value, known, xi if cost == math.inf else worst, status, asked)
+        if cost > value:
+            value, worst = cost, xi
+        if cost >= bound - slack / 2:
+            nodes.closed = max(nodes.closed, bound)
+            continue
+        _split(problem, x, y, nodes, (bound, rows, rhs), limit)
+    upper = max([value, nodes.closed, *(-item[0] for item in nodes.open[:1])])
+    done = upper <= value + tol * max(1.0, abs(value))
+    return Worst(value, upper, worst, Status.OPTIMAL if done else Status.TIME_LIMIT, asked)
 
-    def __init__(self, problem: TwoStageProblem, ceiling: float) -> None:
-        self.problem, self.ceiling = problem, ceiling
-        self.program = Program(mip_gap=1e-7)
-        self.xi = self.program.add_variables(problem.uncertainty.lower, problem.uncertainty.upper)
-        self.theta = self.program.add_variables(np.array([-math.inf]), ceiling, cost=-1.0)
-        matrix, bound = problem.uncertainty.constraints()
-        self.program.add_rows([(matrix, self.xi)], upper=bound)
-        self.n_plans = 0
 
-    def add(self, x: Array, y: Array) -> None:
-        """Give the planner one more plan."""
-        constant, slopes = self.problem.cost_form(x, y)
-        row0, row1 = self.problem.row_form(x, y)
-        broken = ROW_TOLERANCE * (1 + np.abs(self.problem.h.constant))
-        low, up = _interval(row0, row1, self.problem)
-        breakable = np.flatnonzero(up >= broken)
-        self.n_plans += 1
-        one = np.ones((1, 1))
-        if len(breakable) == 0:
-            self.program.add_rows([(one, self.theta), (-slopes[None], self.xi)], upper=constant)
-            return
-        if not math.isfinite(self.ceiling):
-            raise SolverError("constraints are uncertain and the second stage is unbounded: no finite big-M is known")
-        choice = self.program.add_variables(np.zeros(1 + len(breakable)), 1.0, integer=True)
-        self.program.add_rows([(np.ones((1, len(choice))), choice)], lower=1.0)
-        slack = max(0.0, self.ceiling - float(_interval(constant, slopes, self.problem)[0]))
-        self.program.add_rows(
-            [(one, self.theta), (-slopes[None], self.xi), (slack * one, choice[:1])], upper=constant + slack
-        )
-        need = (broken - low)[breakable]  # row >= broken - need * (1 - choice)
-        self.program.add_rows(
-            [(row1[breakable], self.xi), (-sparse.diags(need), choice[1:])],
-            lower=(broken - row0)[breakable] - need,
-        )
-
-    def solve(self, deadline: Deadline | None = None) -> tuple[Array | None, float, Status]:
-        """Return (xi, proven upper bound on theta, status)."""
-        answer = self.program.solve(deadline)
-        if answer.status == Status.INFEASIBLE:
-            raise SolverError("the uncertainty set is empty")
-        xi = None
-        if answer.point is not None:
-            box = self.problem.uncertainty
-            xi = np.clip(answer.point[self.xi], box.lower, box.upper)
-        return xi, min(-answer.bound, self.ceiling), answer.status
+def _split(
+    problem: TwoStageProblem,
+    x: Array,
+    y: Array,
+    nodes: _Nodes,
+    node: tuple[float, list[Array], list[float]] | None,
+    limit: Array,
+) -> None:
+    """Replace a node by: y bounds theta, or one of y's rows is broken. Without a node, keep only a cut for all."""
+    constant, slopes = problem.cost_form(x, y)
+    row0, row1 = problem.row_form(x, y)
+    breakable = np.flatnonzero(_interval(row0, row1, problem)[1] >= limit)
+    cut = np.append(-slopes, 1.0)
+    if len(breakable) == 0:
+        nodes.common.append(cut)
+        nodes.common_rhs.append(constant)
+    if node is None:
+        return
+    bound, rows, rhs = node
+    if len(breakable) == 0:
+        nodes.push(bound, rows, rhs)
+        return
+    nodes.push(bound, [*rows, cut], [*rhs, constant])
+    for r in breakable:
+        nodes.push(bound, [*rows, np.append(-row1[r], 0.0)], [*rhs, float(row0[r] - limit[r])])
 
 
 def _robust_row(

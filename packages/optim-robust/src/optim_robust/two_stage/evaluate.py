@@ -3,8 +3,8 @@
 Which way is taken follows from the problem's structure, and each ends with an attained cost and a proven upper bound:
 
 - a list of scenarios: each of them;
-- only costs uncertain, or a bounded integer second stage: the adversary against a growing pool of plans
-  (:class:`.adversary.PoolAdversary`); each answer of the planner is a new plan, and there are finitely many;
+- only costs uncertain, or a bounded integer second stage: the adversary against the planner's best answers, of which
+  there are finitely many (:func:`.adversary.worst_of_plans`);
 - a continuous second stage with uncertain right-hand sides or first-stage coefficients only: the cost is convex in xi,
   so one of the vertices is worst, where they can be listed;
 - anything else: branch and bound over boxes of xi. On each, a plan that is feasible for the *whole* box bounds the cost
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optim_robust.solver import Deadline, Program, Status
-from optim_robust.two_stage.adversary import PoolAdversary, cost_ceiling, static_program
+from optim_robust.two_stage.adversary import cost_ceiling, static_program, worst_of_plans
 from optim_robust.two_stage.problem import TwoStageProblem
 from optim_robust.two_stage.solution import WorstCase
 from optim_robust.uncertainty import Discrete
@@ -90,25 +90,21 @@ def evaluate_points(
 
 
 def evaluate_pool(problem: TwoStageProblem, x: Array, *, tol: float = 1e-6, deadline: Deadline) -> WorstCase:
-    """Return F(x) by the adversary against a growing pool of plans."""
+    """Return F(x) by the adversary against the planner's best answers (:func:`.adversary.worst_of_plans`)."""
     record = _Record(problem, x, deadline)
-    adversary = PoolAdversary(problem, math.inf if problem.objective_only else cost_ceiling(problem, x))
-    xi: Array | None = problem.uncertainty.nominal
-    upper, seen = adversary.ceiling, set()
-    while xi is not None:
-        cost, y, status = record.visit(xi)
-        if y is None:  # infeasible (a witness), unbounded, or out of time
-            return record.result(math.inf if cost == math.inf else upper, tol, status)
-        plan = np.round(y, 7).tobytes()
-        if upper - record.value <= tol * max(1.0, abs(record.value)) or plan in seen:
-            break  # a plan that comes back: its cost and its cut differ by the solver's tolerances only
-        seen.add(plan)
-        adversary.add(x, y)
-        xi, bound, status = adversary.solve(deadline)
-        upper = min(upper, bound)
-        if status != Status.OPTIMAL:
-            return record.result(upper, tol, status)
-    return record.result(upper, tol, Status.FEASIBLE)
+    ceiling = math.inf if problem.objective_only else cost_ceiling(problem, x)
+    probes = [problem.uncertainty.nominal] if problem.objective_only else _probes(problem)
+    worst = worst_of_plans(problem, x, record.visit, ceiling=ceiling, tol=tol, deadline=deadline, probes=probes)
+    return record.result(worst.upper, tol, worst.status)
+
+
+def _probes(problem: TwoStageProblem) -> list[Array]:
+    """Return points at which the planner is asked first, so that the adversary's program starts from a good pool."""
+    try:
+        corners = list(problem.uncertainty.vertices(limit=32))
+    except RobustError:
+        corners = []
+    return corners + list(problem.uncertainty.sample(64 - len(corners)))
 
 
 def evaluate_boxes(

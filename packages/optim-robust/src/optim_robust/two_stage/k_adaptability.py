@@ -2,7 +2,7 @@
 
 K second-stage plans are fixed in advance; once xi is known the best feasible one is used. A node of the tree assigns
 the scenarios met so far to plans and solves for (x, y_1 .. y_K). The adversary against those K plans
-(:class:`.adversary.PoolAdversary`) gives their true worst case, an upper bound, and, if it exceeds the node's value, a
+(:func:`.adversary.worst_of_plans`) gives their true worst case, an upper bound, and, if it exceeds the node's value, a
 scenario that is assigned to each plan in turn. K = 1 is the static plan.
 
 The tree's bound is one on the best K plans, not on the two-stage optimum: ``info["k_adaptable_bound"]``.
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from optim_robust.solver import FEASIBILITY, Answer, Program, Status
-from optim_robust.two_stage.adversary import PoolAdversary, cost_ceiling
+from optim_robust.solver import Answer, Program, Status
+from optim_robust.two_stage.adversary import ROW_TOLERANCE, worst_of_plans
 from optim_robust.two_stage.problem import TwoStageProblem
 from optim_robust.two_stage.solution import TwoStageSolution, relative_gap
 from optim_robust.two_stage.static import restricted
@@ -84,7 +84,7 @@ class KAdaptability:
             if value < best:
                 best, plans, x_best = value, ys, x
                 run.evaluate(x)
-            if xi is None or value <= answer.value + self.tol * max(1e-9, abs(value)) / 2:
+            if xi is None or (math.isfinite(value) and value <= answer.value + self.tol * max(1e-9, abs(value)) / 2):
                 closed = min(closed, answer.bound)
                 continue
             scenarios.append(xi)
@@ -141,18 +141,29 @@ def _worst_of_plans(problem: TwoStageProblem, x: Array, plans: Array, run: Track
     if isinstance(problem.uncertainty, Discrete):
         costs = [min(_cost(problem, x, y, xi) for y in plans) for xi in problem.uncertainty.points]
         return problem.uncertainty.points[int(np.argmax(costs))], float(np.max(costs))
-    ceiling = math.inf if problem.objective_only else cost_ceiling(problem, x)
-    above = ceiling + 1.0 + 0.01 * abs(ceiling)  # more than any plan costs: reached only where all are broken
-    adversary = PoolAdversary(problem, above)
-    for y in np.unique(plans, axis=0):
-        adversary.add(x, y)
-    xi, value, status = adversary.solve(run.deadline)
-    broken = status != Status.OPTIMAL or value >= ceiling + 0.5
-    return xi, math.inf if broken else value
+    tops = [_ceiling(problem, x, y) for y in plans]
+
+    def oracle(xi: Array) -> tuple[float, Array | None, Status]:
+        costs = [_cost(problem, x, y, xi) for y in plans]
+        best = int(np.argmin(costs))
+        feasible = math.isfinite(costs[best])
+        return costs[best], plans[best] if feasible else None, Status.OPTIMAL if feasible else Status.INFEASIBLE
+
+    probes = [problem.uncertainty.nominal]
+    worst = worst_of_plans(problem, x, oracle, ceiling=max(tops), tol=1e-7, deadline=run.deadline, probes=probes)
+    return worst.xi, worst.upper if worst.status == Status.OPTIMAL else math.inf
+
+
+def _ceiling(problem: TwoStageProblem, x: Array, y: Array) -> float:
+    constant, slopes = problem.cost_form(x, y)
+    box = problem.uncertainty
+    return constant + float(np.maximum(slopes * box.lower, slopes * box.upper).sum())
 
 
 def _cost(problem: TwoStageProblem, x: Array, y: Array, xi: Array) -> float:
-    if problem.violation(x, y, xi) > FEASIBILITY:
+    """Return the cost of a plan at ``xi``; infinite where it exceeds a row by half of ``ROW_TOLERANCE``."""
+    row0, row1 = problem.row_form(x, y)
+    if (row0 + row1 @ xi > ROW_TOLERANCE / 2 * (1 + np.abs(problem.h.constant))).any():
         return math.inf
     constant, slopes = problem.cost_form(x, y)
     return constant + float(slopes @ xi)
