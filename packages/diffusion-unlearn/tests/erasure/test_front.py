@@ -1,5 +1,6 @@
 """One call gives what the method's own object gives, and refuses what cannot be meant."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 from diffusion_unlearn.erasure import ESD, METHODS, UCE, AdvUnlearn, erase, recipe
+from diffusion_unlearn.erasure.front import settings_of
 from diffusion_unlearn.folders import load_pipeline, save_pipeline
 from robust_core.attacks.tokens import SoftTokens
 from robust_core.errors import MalformedFileError
+from robust_core.settings import parse_settings
 
 TEMPLATES = ("{}", "a photo of {}")
 MORE: dict[str, dict[str, Any]] = {
@@ -34,6 +37,10 @@ def test_words_become_the_settings_of_the_method() -> None:
     uce = recipe("uce", "three", templates=TEMPLATES, retain=["one"], anchor="two")
     assert uce == UCE(("three", "a photo of three"), ["two", "a photo of two"], ("one",))
     assert recipe("fmn", "three", templates=TEMPLATES).subject == "three"
+    words = asdict(parse_settings(settings_of("advunlearn"), ["layers=0,1", "attack_steps=3", "gamma=0"]))
+    assert recipe("advunlearn", "three", **words) == AdvUnlearn(
+        ("three",), layers=(0, 1), gamma=0, attack=SoftTokens(n_steps=3, lr=1e-3)
+    )
     assert recipe("ca", "three", templates=TEMPLATES, anchor="two").anchors == ("two", "a photo of two")
 
 

@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import field, fields, make_dataclass, replace
+from typing import Any, get_type_hints
 
 import torch
 
@@ -38,13 +38,32 @@ from diffusion_unlearn.erasure.uce import UCE
 from robust_core.attacks.tokens import SoftTokens
 from robust_core.checks import check_choice
 
-__all__ = ["METHODS", "erase", "recipe"]
+__all__ = ["METHODS", "erase", "recipe", "settings_of"]
 
 METHODS: dict[str, type[TrainedErasure] | type[UCE]] = {
     "advunlearn": AdvUnlearn, "esd": ESD, "uce": UCE, "fmn": FMN, "ca": ConceptAblation,
 }  # fmt: skip
 _OWN = {"concept", "retain", "preserve", "guide", "anchor", "generator", "attack"}
+_ATTACKER = SoftTokens(n_steps=30, lr=1e-3)
 _ATTACK = {"attack_steps": "n_steps", "attack_lr": "lr", "attack_fast": "fast"}
+
+
+def settings_of(method: str) -> type:
+    """Return the settings of a method's own as a dataclass of plain values, for ``robust_core.settings``.
+
+    ``layers`` are numbers here, None means all; advunlearn's attacker is told in three settings of the method.
+    """
+    kind: Any = METHODS[check_choice("method", method, tuple(METHODS))]
+    hints = get_type_hints(kind)
+    plain: list[Any] = [
+        ("layers", tuple[int, ...] | None, None) if f.name == "layers" else (f.name, hints[f.name], f.default)
+        for f in fields(kind)
+        if f.name not in _OWN
+    ]
+    if method == "advunlearn":
+        types = get_type_hints(SoftTokens)
+        plain += [(name, types[inner], getattr(_ATTACKER, inner)) for name, inner in _ATTACK.items()]
+    return make_dataclass(f"{kind.__name__}Settings", [(n, t, field(default=d)) for n, t, d in plain], frozen=True)
 
 
 def recipe(
@@ -76,7 +95,7 @@ def recipe(
     concepts = check_concepts(concept)
     prompts = _prompts(concepts, templates)
     check_retained(retain, concepts)
-    given: dict[str, Any] = {"concept": prompts, **_settings(method, kind, settings)}
+    given: dict[str, Any] = {"concept": prompts, **_settings(method, settings)}
     if retain:
         if method not in ("advunlearn", "uce"):
             raise ValueError(f"retain: {method} has no term that keeps other prompts; advunlearn and uce have")
@@ -101,17 +120,15 @@ def _prompts(concepts: Sequence[str], templates: Sequence[str]) -> tuple[str, ..
     return tuple(template.replace("{}", concept) for concept in concepts for template in templates)
 
 
-def _settings(method: str, kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(settings)
-    attacker = {name: found.pop(name) for name in list(found) if name in _ATTACK and method == "advunlearn"}
-    allowed = [field.name for field in fields(kind) if field.name not in _OWN]
-    unknown = sorted(set(found) - set(allowed) - ({"attack"} if method == "advunlearn" else set()))
+def _settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: value for name, value in settings.items() if not (name == "layers" and value is None)}
+    known = [f.name for f in fields(settings_of(method))] + (["attack"] if method == "advunlearn" else [])
+    unknown = [name for name in found if name not in known]
     if unknown:
-        more = sorted(_ATTACK) if method == "advunlearn" else []
-        raise ValueError(f"{unknown[0]}: {method} has no such setting; it has {', '.join([*allowed, *more])}")
+        raise ValueError(f"{unknown[0]}: {method} has no such setting; it has {', '.join(known)}")
+    attacker = {name: found.pop(name) for name in _ATTACK if name in found and method == "advunlearn"}
     if attacker:
-        defaults = {"n_steps": 30, "lr": 1e-3, "fast": False}
-        found["attack"] = SoftTokens(**{**defaults, **{_ATTACK[name]: value for name, value in attacker.items()}})
+        found["attack"] = replace(_ATTACKER, **{_ATTACK[name]: value for name, value in attacker.items()})
     return found
 
 
