@@ -90,6 +90,7 @@ def test_an_interrupted_run_goes_on_and_ends_alike(
     assert not (out / "model_index.json").exists()
     assert (out / verb.UNFINISHED / "pool" / "whole.json").is_file()
     monkeypatch.setattr(TrainedErasure, "fit", fit)
+    capsys.readouterr()
     assert run(*words, "-o", str(out)) == 0
     captured = capsys.readouterr()
     assert "load it: DiffusionPipeline.from_pretrained" in captured.err
