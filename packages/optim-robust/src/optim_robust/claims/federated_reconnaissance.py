@@ -11,11 +11,10 @@ Fine-tuning starts from the same encoder with a linear head, trained on the base
 update; iCaRL has 100 exemplars (full: 4000) and the benchmark's epochs (30 for a client, 50 at the server). One liar
 among five clients sends -10 times its prototypes; the rule against it is the coordinate-wise median.
 
-Found over ten seeds: prototypes lead fine-tuning by 44 to 52 points, base classes lose 2 to 5 points, and a client sends
-2,080 bytes. iCaRL is 3 to 7 points better, which leaves the third statement open: its clients send the images
-themselves, and a server that trains on them adapts the encoder to the field classes, which the frozen one never saw.
-What the published merge costs, -0.0 to 3.1 points on field classes, is open as well; that its prototypes are wrong is
-a gate.
+Found over ten seeds: prototypes lead fine-tuning by 44 to 52 points, base classes lose 2 to 5, and a client sends 2,080
+bytes. iCaRL is 3 to 7 points better, which leaves the third statement open: its clients send the images themselves, and
+a server that trains on them adapts the encoder to the field classes, which the frozen one never saw. What the published
+merge costs on field classes, -0.0 to 3.1 points, is open as well; that its prototypes are wrong is a gate.
 """
 
 from __future__ import annotations
