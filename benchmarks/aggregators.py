@@ -82,8 +82,8 @@ def theirs() -> dict[str, Call]:
 
 
 EQUAL = {
-    "geometric median, 3 steps", "mean", "median", "trimmed mean", "MeaMed", "Krum", "multi-Krum", "centred clipping", "clipping", "ARC",
-    "nearest-neighbour averaging", "nearest-neighbour mixing", "MDA, n=14, f=4",
+    "mean", "median", "trimmed mean", "MeaMed", "geometric median, 3 steps", "Krum", "multi-Krum", "centred clipping",
+    "clipping", "ARC", "nearest-neighbour averaging", "nearest-neighbour mixing", "MDA, n=14, f=4",
 }  # fmt: skip
 """Where the definitions are the same. The peer's geometric median stops after 3 steps, its eigenvectors for CAF and
 SMEA are one power step from a random vector, its buckets are drawn."""

@@ -96,10 +96,25 @@ def test_the_search_finds_a_hump_in_its_budget() -> None:
         return torch.tensor([max(0.0, 1 - abs(zeta - 11.0) / 20)])
 
     found = strongest(Scene(honest, 1, defence=defence), lambda zeta: torch.tensor([[zeta]]))
-    assert abs(float(found) - 11.0) < 2.0
+    assert abs(found - 11.0) < 2.0
     assert len(calls) == 16
     with pytest.raises(ValueError, match="pass defence="):
         InnerProduct("optimal")(honest)
+
+
+def test_a_searched_strength_can_be_kept_for_some_rounds() -> None:
+    calls = []
+
+    def defence(x: Tensor) -> Tensor:
+        calls.append(0)
+        return trimmed_mean(x, 2)
+
+    attack = ALittleIsEnough("optimal", every=10)
+    for step in range(25):
+        attack(draw(9, 4, step), 2, step=step, defence=defence)
+    assert len(calls) == 3 * 16
+    attack(draw(9, 4), 2, step=0, defence=defence)  # another run begins
+    assert len(calls) == 4 * 16
 
 
 def test_mimic_learns_the_direction_of_disagreement() -> None:

@@ -171,23 +171,6 @@ def test_dropout_repeats_and_leaves_the_global_generator() -> None:
     assert model.training
 
 
-def test_a_convolutional_network_of_the_papers_size_takes_two_steps() -> None:
-    """The recipe of the paper: 431,080 parameters, n = 26, f = 5, Dirichlet, batch 25, optimal ALIE."""
-    model = nn.Sequential(
-        nn.Conv2d(1, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10),
-    )  # fmt: skip
-    x = torch.rand(260, 1, 28, 28, generator=torch.Generator().manual_seed(1))
-    y = torch.arange(260) % 10
-    program = NodeProgram(model, lr=staircase(0.75), beta=0.99, norm_penalty=1e-4, chunk=7)
-    assert program.n_parameters == 431_080
-    held = Shards(x, y, dirichlet_shards(y, 21, concentration=1.0), generator=0)
-    run = simulate(program, held, NearestNeighbors(5), steps=2, batch_size=2, network=Network(21, 5, "n-f"),
-                   attack=ALittleIsEnough())  # fmt: skip
-    assert len(run.loss) == 2
-    assert run.peers.theta.shape == (21, 431_080)
-
-
 def test_shards_are_partitions() -> None:
     y = torch.arange(200) % 7
     for parts in (dirichlet_shards(y, 9, concentration=0.05, generator=3), even_shards(200, 9, generator=3)):

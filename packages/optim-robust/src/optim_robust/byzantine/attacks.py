@@ -16,7 +16,7 @@ rather than gradients, "mu - zeta mu" is what the experiments of MoNNA use, and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -115,8 +115,8 @@ class Attack:
         raise TypeError(f"{type(self).__name__} defines no forge(scene)")
 
 
-def strongest(scene: Scene, along: Callable[[float], Tensor], *, evaluations: int = 16) -> Tensor:
-    """Return ``along(zeta)`` for the strength that moves the rule's result farthest from the honest mean.
+def strongest(scene: Scene, along: Callable[[float], Tensor], *, evaluations: int = 16) -> float:
+    """Return the strength at which the rule's result is farthest from the honest mean.
 
     Args:
         scene: with its ``defence``.
@@ -143,7 +143,7 @@ def strongest(scene: Scene, along: Callable[[float], Tensor], *, evaluations: in
         else:
             expanding, side = False, -side
         step *= 2.0 if expanding else 0.8
-    return along(best)
+    return best
 
 
 @dataclass(frozen=True)
@@ -157,50 +157,68 @@ class SignFlip(Attack):
         return scene.all_send(-self.scale * scene.mean())
 
 
-def _check_strength(zeta: float | str) -> None:
-    if isinstance(zeta, str):
-        if zeta != "optimal":
-            raise ValueError(f"zeta={zeta!r}: a number or 'optimal' is needed")
-    else:
-        check_number("zeta", zeta)
+@dataclass(frozen=True)
+class _Directed(Attack):
+    """Send ``mu + zeta * direction``.
+
+    Attributes:
+        zeta: strength, or ``"optimal"``: searched against the rule.
+        every: rounds for which a searched strength is used; 1 searches in each. One object for each run.
+    """
+
+    zeta: float | str
+    every: int = 1
+    _found: dict[int | None, tuple[int, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_count("every", self.every)
+        if not isinstance(self.zeta, str):
+            check_number("zeta", self.zeta)
+        elif self.zeta != "optimal":
+            raise ValueError(f"zeta={self.zeta!r}: a number or 'optimal' is needed")
+
+    def direction(self, scene: Scene) -> Tensor:
+        """Return the (d,) direction."""
+        raise TypeError(f"{type(self).__name__} defines no direction(scene)")
+
+    def forge(self, scene: Scene) -> Tensor:
+        """Return ``mu + zeta * direction`` for all."""
+        mean, direction = scene.mean(), self.direction(scene)
+
+        def along(zeta: float) -> Tensor:
+            return scene.all_send(mean + zeta * direction)
+
+        if not isinstance(self.zeta, str):
+            return along(self.zeta)
+        if self.every == 1:
+            return along(strongest(scene, along))
+        since, zeta = self._found.get(scene.recipient, (-1, 0.0))
+        if since < 0 or not since <= scene.step < since + self.every:
+            since, zeta = scene.step - scene.step % self.every, strongest(scene, along)
+            self._found[scene.recipient] = since, zeta
+        return along(zeta)
 
 
 @dataclass(frozen=True)
-class InnerProduct(Attack):
+class InnerProduct(_Directed):
     """Send ``mu - zeta mu``: small enough to be taken, and turned against the honest direction (IPM, also "FOE")."""
 
     zeta: float | str = 2.0
 
-    def __post_init__(self) -> None:
-        _check_strength(self.zeta)
-
-    def forge(self, scene: Scene) -> Tensor:
-        """Return ``mu - zeta * mu``."""
-        mean = scene.mean()
-
-        def along(zeta: float) -> Tensor:
-            return scene.all_send(mean - zeta * mean)
-
-        return strongest(scene, along) if isinstance(self.zeta, str) else along(self.zeta)
+    def direction(self, scene: Scene) -> Tensor:
+        """Return ``-mu``."""
+        return -scene.mean()
 
 
 @dataclass(frozen=True)
-class ALittleIsEnough(Attack):
+class ALittleIsEnough(_Directed):
     """Send ``mu + zeta sigma``: hidden within the spread of the honest vectors (ALIE)."""
 
     zeta: float | str = 1.5
 
-    def __post_init__(self) -> None:
-        _check_strength(self.zeta)
-
-    def forge(self, scene: Scene) -> Tensor:
-        """Return ``mu + zeta * sigma``."""
-        mean, std = scene.mean(), scene.std()
-
-        def along(zeta: float) -> Tensor:
-            return scene.all_send(mean + zeta * std)
-
-        return strongest(scene, along) if isinstance(self.zeta, str) else along(self.zeta)
+    def direction(self, scene: Scene) -> Tensor:
+        """Return ``sigma``."""
+        return scene.std()
 
 
 class Mimic(Attack):
