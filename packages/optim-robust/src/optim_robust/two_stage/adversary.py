@@ -116,7 +116,8 @@ def worst_of_plans(
         probes: points at which to ask first.
     """
     value, worst, asked = -math.inf, None, 0
-    nodes = _Nodes(problem, ceiling)
+    above = ceiling + 1.0 + 0.01 * abs(ceiling)  # where every plan met so far is broken, more must be asked
+    nodes = _Nodes(problem, above)
     limit = ROW_TOLERANCE * (1 + np.abs(problem.h.constant))
     for xi in probes or []:
         cost, y, status = oracle(xi)
