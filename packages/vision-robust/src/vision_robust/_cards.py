@@ -94,4 +94,14 @@ CARDS: tuple[MethodCard, ...] = (
         claim="vision_robust.claims.rrcm",
         verified=("cpu", "ddp-gloo"),
     ),
+    MethodCard(
+        slug="intact",
+        title="INTACT: perception of point clouds trained against ever harder noise, aimed by a meta-learned teacher",
+        paper="Darabi, Kumar, Tayebati and Trivedi 2025, arXiv 2502.01896",
+        kind="objective",
+        task="point clouds",
+        target="vision_robust.lidar.intact:CurriculumTraining",
+        example="vision_robust._examples:intact",
+        claim="vision_robust.claims.intact",
+    ),
 )

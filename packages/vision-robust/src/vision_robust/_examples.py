@@ -135,3 +135,15 @@ def rrcm() -> Case:
     encoder = TimeConditionedEncoder(noise_vit("tiny", 8, 4, channels=1, depth=1))
     model = ProjectedEncoder(encoder, projection_head(64, hidden=64, out=32))
     return Case(RRCM(), model, x[:32], y[:32], {"unlabelled": True, "lr": 0.2})
+
+
+def intact() -> Case:
+    """Return the student's objective on a small PointNet for clouds of digits."""
+    from vision_robust.lidar.digits import digit_clouds
+    from vision_robust.lidar.intact import Classification, CurriculumTraining, TargetedPerturbation
+    from vision_robust.lidar.models import PointNet
+
+    data = digit_clouds("test", generator=0)
+    model = PointNet(10, (32, 64), (32,), norm="none", dropout=0.0)
+    noise = TargetedPerturbation(sigma=0.1, eps=0.05)
+    return Case(CurriculumTraining(Classification(), noise), model, data["x"][:32], data["y"][:32], {"lr": 0.1})

@@ -6,9 +6,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from robust_core.checks import check_finite
 from robust_core.losses import distillation_kl
 from robust_core.losses.margin import cross_entropy, log_odds
 from robust_core.training import Batch
+from robust_core.training.inner import refuse_bad_labels
 from vision_robust.lidar.types import Clouds
 
 __all__ = ["Classification", "Perception", "clouds_of"]
@@ -35,6 +37,7 @@ class Classification:
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the cross-entropy."""
+        refuse_bad_labels(outputs, batch["y"])
         return cross_entropy(outputs, batch["y"])
 
     def gap(self, outputs: Tensor, batch: Batch) -> Tensor:
@@ -49,4 +52,6 @@ class Classification:
 def clouds_of(batch: Batch) -> Clouds:
     """Return the clouds of a batch: ``x`` (B, N, C), and ``mask`` (B, N) where not all points are there."""
     x = batch["x"]
+    if x.device.type == "cpu":  # looking makes an accelerator wait; there NaN is met in the loss
+        check_finite("x", x)
     return Clouds.full(x) if batch.get("mask") is None else Clouds(x, batch["mask"])
