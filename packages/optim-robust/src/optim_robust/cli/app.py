@@ -12,3 +12,6 @@ app = typer.Typer(no_args_is_help=True, help="Solve two-stage robust problems; t
 @app.callback()
 def _root() -> None:
     """Solve two-stage robust problems; train with peers that may lie."""
+
+
+from optim_robust.cli import train  # noqa: E402,F401 - it adds its verb

@@ -16,7 +16,8 @@ from optim_robust.collab.shards import dirichlet_shards
 from optim_robust.collab.simulate import Network
 from optim_robust.collab.team import Team
 from robust_core.checks import check_choice, check_count
-from robust_core.data import load
+from robust_core.data import Dataset, load
+from robust_core.errors import DataMissingError
 from robust_core.loading import load_factory
 from robust_core.models import predict_logits
 from robust_core.random import derive, reseeded
@@ -64,7 +65,7 @@ class Recipe:
     Attributes:
         honest: peers that are honest.
         f: peers that are faulty.
-        data: a name or path for ``robust_core.data.load``; its test split is used where it has one.
+        data: a name or path for ``robust_core.data.load``; a fifth is held out where it has no test split.
         model: ``package.module:factory`` of the user's network, or None for a perceptron of ``width`` hidden units.
         width: see ``model``.
         aggregator: one of :data:`MIXINGS`.
@@ -121,7 +122,7 @@ class Recipe:
             ResourceError: data or a module that is not there.
         """
         check_count("spare", self.spare, low=0)
-        train, test = load(self.data, "train"), load(self.data, "test")
+        train, test = self._data()
         model = self._model(train.x[:2], train.n_classes).to(device)
         parts = dirichlet_shards(
             train.y, self.honest + self.spare, concentration=self.concentration, generator=derive(self.seed, "shards")
@@ -135,6 +136,16 @@ class Recipe:
             program, shards, self.mixing(), self.network(), batch_size=self.batch_size, topology=self.topology,
             test=(test.x.to(device), test.y.to(device)), seed=self.seed,
         )  # fmt: skip
+
+    def _data(self) -> tuple[Dataset, Dataset]:
+        """Return training and test data; a fifth is held out where the data have no splits."""
+        try:
+            return load(self.data, "train"), load(self.data, "test")
+        except (ValueError, DataMissingError):  # no such split; data that are not there at all are refused again here
+            whole = load(self.data)
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(derive(self.seed, "held out")))
+        cut = len(whole) // 5
+        return whole.subset(order[cut:].tolist()), whole.subset(order[:cut].tolist())
 
     def _model(self, x: torch.Tensor, n_classes: int) -> nn.Module:
         with reseeded(derive(self.seed, "model")):
