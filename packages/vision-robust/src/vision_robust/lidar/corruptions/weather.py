@@ -3,6 +3,8 @@
 The only corruptions that change intensity (in [0, 1], the fourth column; 0.5 where there is none), because it decides
 whether a return is seen. A return needs a power ``i exp(-2 a r) / r^2`` of at least that of i = 0.9 at 120 m.
 
+As in the published models, a return that is fainter than that already in clear air is lost at every severity.
+
 Rain and snow: the hybrid Monte Carlo model of V. Kilic and others 2021 (LISA), 2107.07004, with Marshall-Palmer drops
 and Gunn-Marshall flakes, rates 0.2 .. 7.29 mm/h. Derived here: extinction by particles large against the wavelength
 (efficiency 2), which is a closed form instead of a table of Mie coefficients; and the drops of a beam are drawn by
