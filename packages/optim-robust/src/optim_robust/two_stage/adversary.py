@@ -92,6 +92,20 @@ class _Nodes:
             return None, math.inf if answer.status == Status.UNBOUNDED else -math.inf, answer.status
         return np.clip(answer.point[:-1], self.low[:-1], self.up[:-1]), -answer.value, answer.status
 
+    def deepest(self, rows: list[Array], rhs: list[float], deadline: Deadline) -> Array | None:
+        """Return the point of a node where its broken rows are exceeded most: a telling witness, not a marginal one."""
+        matrix = np.array(self.common + rows)
+        depth = np.array([float(i >= len(self.common) and row[-1] == 0) for i, row in enumerate(matrix)])
+        if not depth.any():
+            return None
+        program = Program()
+        columns = program.add_variables(self.low, self.up)
+        tau = program.add_variables(np.zeros(1), 1e6, cost=-1.0)
+        rest = np.array(self.common_rhs + rhs)
+        program.add_rows([(matrix, columns), (depth[:, None], tau)], upper=rest)
+        answer = program.solve(deadline)
+        return None if answer.point is None else np.clip(answer.point[: len(self.low) - 1], self.low[:-1], self.up[:-1])
+
 
 def worst_of_plans(
     problem: TwoStageProblem,
@@ -128,7 +142,7 @@ def worst_of_plans(
         if cost > value:
             value, worst = cost, xi
     while nodes.open:
-        slack = tol * max(1.0, abs(value)) if math.isfinite(value) else 0.0
+        slack = _slack(value, tol)
         key, _, rows, rhs = heapq.heappop(nodes.open)
         if -key <= value + slack or deadline.passed:
             nodes.push(-key, rows, rhs)
@@ -144,8 +158,11 @@ def worst_of_plans(
         cost, y, status = oracle(xi)
         asked += 1
         if y is None:
-            known = bound if status == Status.TIME_LIMIT else max(cost, bound)
-            return Worst(cost if cost == math.inf else value, known, xi if cost == math.inf else worst, status, asked)
+            if cost != math.inf:
+                return Worst(value, bound, worst, status, asked)
+            deep = nodes.deepest(rows, rhs, deadline)
+            kept = deep if deep is not None and oracle(deep)[0] == math.inf else xi
+            return Worst(cost, cost, kept, Status.INFEASIBLE, asked)
         if cost > value:
             value, worst = cost, xi
         if cost >= bound - slack / 2:
@@ -153,8 +170,12 @@ def worst_of_plans(
             continue
         _split(problem, x, y, nodes, (bound, rows, rhs), limit)
     upper = max([value, nodes.closed, *(-item[0] for item in nodes.open[:1])])
-    done = upper <= value + tol * max(1.0, abs(value))
+    done = upper <= value + _slack(value, tol)
     return Worst(value, upper, worst, Status.OPTIMAL if done else Status.TIME_LIMIT, asked)
+
+
+def _slack(value: float, tol: float) -> float:
+    return tol * max(1.0, abs(value)) if math.isfinite(value) else 0.0
 
 
 def _split(

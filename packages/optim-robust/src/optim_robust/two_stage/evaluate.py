@@ -41,7 +41,8 @@ class _Record:
 
     def __init__(self, problem: TwoStageProblem, x: Array, deadline: Deadline) -> None:
         self.problem, self.x, self.deadline = problem, x, deadline
-        self.value, self.xi, self.n = -math.inf, None, 0
+        self.value, self.n = -math.inf, 0
+        self.xi: Array | None = None
 
     def visit(self, xi: Array) -> tuple[float, Array | None, Status]:
         """Solve the recourse at ``xi`` and keep the point if it is worse than all before."""
@@ -95,6 +96,8 @@ def evaluate_pool(problem: TwoStageProblem, x: Array, *, tol: float = 1e-6, dead
     ceiling = math.inf if problem.objective_only else cost_ceiling(problem, x)
     probes = [problem.uncertainty.nominal] if problem.objective_only else _probes(problem)
     worst = worst_of_plans(problem, x, record.visit, ceiling=ceiling, tol=tol, deadline=deadline, probes=probes)
+    if worst.value == math.inf:
+        record.xi = worst.xi  # the adversary may know a more telling witness than the first
     return record.result(worst.upper, tol, worst.status)
 
 
