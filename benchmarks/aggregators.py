@@ -9,7 +9,7 @@ given where they differ); "difference" is the largest difference of the results 
 the medians of alternated rounds. Two floors stand beside them: "gram" is one plain ``x @ x.T``, "pass" one mean of the
 rows. Memory is the growth of the process's peak during one call, in a fresh process for each rule, in units of the
 input: what is allocated beside the input, the result included. MDA and SMEA enumerate subsets in the peer: n = 14 and
-10 there; SMEA is called once.
+10 there; SMEA is called once. "violations" counts random inputs on which a rule exceeds its proved constant.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim_robust.byzantine import coordinates, preaggregators, rules, subsets
+from optim_robust.byzantine import AGGREGATORS, NNM, Compose, coordinates, preaggregators, rules, subsets, theory
 from robust_core.claim import versions
 
 N, F = 30, 7
@@ -160,10 +160,30 @@ def measure(d: int, rounds: int, with_peer: bool) -> dict[str, Any]:
     return found
 
 
+def violations(geometries: int) -> dict[str, int]:
+    """Count inputs on which a rule, alone or after mixing, exceeds its proved constant over all S of n - f senders."""
+    found = {name: 0 for name in theory.KAPPA_RULES if name != "mean"}
+    for number in range(geometries):
+        n = 5 + number % 5
+        f = 1 + number % ((n - 1) // 2)
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(n, 1 + number % 4, generator=generator, dtype=torch.float64)
+        x[:f] += 10.0 ** (number % 7 - 2) * torch.randn(x.shape[1], generator=generator, dtype=torch.float64)
+        x = (2 * x).round() if number % 3 == 0 else x
+        for name in found:
+            rule = AGGREGATORS[name](f)
+            for whole in (rule, Compose(NNM(f), rule)):
+                limit = whole.kappa(n)
+                assert limit is not None
+                found[name] += theory.measured_kappa(x, whole(x), f) > limit
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--d", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--geometries", type=int, default=1000, help="random inputs for the proved constants")
     parser.add_argument("--without-peer", action="store_true")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--json")
@@ -181,6 +201,7 @@ def main() -> None:
         "about": __doc__.splitlines()[0],
         "versions": versions() | ({} if options.without_peer else _peer_version()),
         "n": N, "f": F, "d": options.d, "dtype": "float32", "threads": 1,
+        "violations": {"geometries": options.geometries, **violations(options.geometries)},
         "rules": measure(options.d, options.rounds, not options.without_peer),
     }  # fmt: skip
     if options.json:
