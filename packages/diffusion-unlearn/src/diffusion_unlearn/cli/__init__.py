@@ -1,6 +1,6 @@
 """``robust diffusion``: erase concepts from the user's own pipeline, attack and evaluate the erasure."""
 
-from diffusion_unlearn.cli import erase, evaluate  # they add their verbs
+from diffusion_unlearn.cli import attack, erase, evaluate  # they add their verbs
 from diffusion_unlearn.cli.app import app
 
-__all__ = ["app", "erase", "evaluate"]
+__all__ = ["app", "attack", "erase", "evaluate"]
