@@ -127,7 +127,7 @@ def test_retained_prompts_come_without_replacement(
 def test_gradients_reach_the_chosen_layers_and_nothing_else(untrained: Any, pools: Pools) -> None:
     pipe = moved(untrained)
     made = objective(pipe, pools, layers=[1], warmup=0)
-    with only_training(made.trained, [pipe.unet, pipe.vae, pipe.text_encoder]):
+    with only_training(made.trainable(made.model), [pipe.unet, pipe.vae, pipe.text_encoder]):
         made(made.model, {}).total.backward()
     names = {name for name, p in pipe.text_encoder.named_parameters() if p.grad is not None}
     assert names == set(encoder_parameters(pipe.text_encoder, [1]))

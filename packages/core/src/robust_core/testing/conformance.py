@@ -273,7 +273,12 @@ def objective_leaves_modes(case: Case) -> None:
 
 
 def objective_refuses_bad_input(case: Case) -> None:
-    """Bad labels (unless ``unlabelled``) and NaN, or tokens beyond the vocabulary, are one clear error each."""
+    """Bad labels (unless ``unlabelled``) and NaN, or tokens beyond the vocabulary, are one clear error each.
+
+    An objective that ``draws_its_data`` reads neither.
+    """
+    if case.extra.get("draws_its_data", False):
+        return
     batch = _batch(case)
     changes = {"labels beyond the classes": {"y": case.y + 1000}}
     if case.x.is_floating_point():

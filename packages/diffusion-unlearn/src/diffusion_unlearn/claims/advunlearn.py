@@ -214,7 +214,8 @@ def _digits(seed: int) -> _Setting:
     return _Setting(
         pipe, judge_digit("three"), PromptSet.of([text for text in concept[:3] for _ in range(4)]), 3.0, 20,
         ESD(concept, part="x", n_steps=200, lr=1e-3, batch_size=16, generator=seed),
-        method, replace(method, gamma=0.0, retain=(), n_steps=150), {"n": 16, "keep": 20, "steps": 20, "guidance": 3.0}, attacks,
+        method, replace(method, gamma=0.0, retain=(), n_steps=150),
+        {"n": 16, "keep": 20, "steps": 20, "guidance": 3.0}, attacks,
         _accuracy,
         {"digits": hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest(),
          "digits pipeline": fingerprint(pipe.unet)},

@@ -205,7 +205,7 @@ class AdvUnlearnObjective(ErasureObjective):
 
     def __init__(self, pipe: Any, method: AdvUnlearn, pools: Pools) -> None:
         parameters = trained_parameters(pipe, method.part, method.layers)
-        super().__init__(pipe, method.component, list(parameters.values()), generator=method.generator)
+        super().__init__(pipe, method.component, parameters, generator=method.generator)
         if self.parts.is_xl:
             raise UnsupportedPipelineError(
                 f"{type(pipe).__name__} has two text encoders; the attacker writes for one: use ESD or UCE"

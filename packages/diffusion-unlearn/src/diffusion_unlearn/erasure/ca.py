@@ -135,7 +135,7 @@ class AblationObjective(ErasureObjective):
 
     def __init__(self, pipe: Any, method: ConceptAblation, pool: PicturePool) -> None:
         parameters = trained_parameters(pipe, method.part)
-        super().__init__(pipe, method.component, list(parameters.values()), generator=method.generator)
+        super().__init__(pipe, method.component, parameters, generator=method.generator)
         self.method, self.pool = method, pool.to(self.parts.device)
         self.concepts, self.anchors = check_concepts(method.concept), method.anchors
         missing = [anchor for anchor in self.anchors if anchor not in pool.prompts]
@@ -184,4 +184,4 @@ class AblationObjective(ErasureObjective):
         if self.kept is not None:
             with torch.no_grad():
                 rows, values = self.kept
-                self.trained[0][rows] = values
+                self.trainable(model)[0][rows] = values

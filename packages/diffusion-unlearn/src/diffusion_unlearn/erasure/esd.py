@@ -17,7 +17,7 @@ trajectory (see :mod:`diffusion_unlearn.trajectories`), and the frozen model dra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -62,7 +62,7 @@ class ESDObjective(ErasureObjective):
         pipe: the pipeline that is edited.
         pool: states of the concept's prompts, drawn from the unedited pipeline.
         component: ``"unet"`` or ``"text_encoder"``.
-        parameters: those that are trained.
+        names: of the parameters that are trained.
         eta: strength.
         form: see :func:`esd_target`.
         batch_size: states in a step.
@@ -75,13 +75,13 @@ class ESDObjective(ErasureObjective):
         pool: TrajectoryPool,
         component: str,
         *,
-        parameters: Sequence[nn.Parameter],
+        names: Iterable[str],
         eta: float = 1.0,
         form: str = "paper",
         batch_size: int = 1,
         generator: Seed = None,
     ) -> None:
-        super().__init__(pipe, component, parameters, generator=generator)
+        super().__init__(pipe, component, names, generator=generator)
         self.pool, self.eta, self.form = pool.to(self.parts.device), eta, check_choice("form", form, FORMS)
         self.batch_size, self.frozen = check_count("batch_size", batch_size), self.frozen_conditions(pool.prompts)
 
@@ -171,6 +171,6 @@ class ESD(TrainedErasure):
         pool = self.pool(pipe) if pool is None else pool
         parameters = trained_parameters(pipe, self.part, self.layers)
         return ESDObjective(
-            pipe, pool, self.component, parameters=list(parameters.values()), eta=cast(float, self.eta), form=self.form,
+            pipe, pool, self.component, names=parameters, eta=cast(float, self.eta), form=self.form,
             batch_size=self.batch_size, generator=self.generator,
         )  # fmt: skip

@@ -182,7 +182,7 @@ class ForgettingObjective(ErasureObjective):
 
     def __init__(self, pipe: Any, method: FMN, pool: PicturePool) -> None:
         parameters = trained_parameters(pipe, method.part)
-        super().__init__(pipe, "unet", list(parameters.values()), generator=method.generator)
+        super().__init__(pipe, "unet", parameters, generator=method.generator)
         self.method, self.pool = method, pool.to(self.parts.device)
         self.frozen = self.frozen_conditions(pool.prompts)
         self.positions = torch.stack([self._positions(prompt) for prompt in pool.prompts])

@@ -102,7 +102,8 @@ def trained_parameters(pipe: Any, part: str, layers: str | Sequence[int] = "all"
     if part == "text_encoder":
         return encoder_parameters(pipe.text_encoder, layers)
     if part == "embedding":
-        return {"embedding": pipe.text_encoder.get_input_embeddings().weight}
+        table = pipe.text_encoder.get_input_embeddings().weight
+        return {name: p for name, p in pipe.text_encoder.named_parameters() if p is table}
     return unet_parameters(pipe.unet, part)
 
 

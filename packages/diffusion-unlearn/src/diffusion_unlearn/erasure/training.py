@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -48,16 +48,14 @@ class ErasureObjective(RandomObjective):
     Args:
         pipe: the pipeline that is edited; its ``component`` is what is trained.
         component: ``"unet"`` or ``"text_encoder"``.
-        parameters: those of the component that are trained.
+        names: of the component's parameters that are trained.
         generator: seed of all draws.
 
     Raises:
         UnsupportedPipelineError: the text encoder of a pipeline that has two.
     """
 
-    def __init__(
-        self, pipe: Any, component: str, parameters: Sequence[nn.Parameter], *, generator: Seed = None
-    ) -> None:
+    def __init__(self, pipe: Any, component: str, names: Iterable[str], *, generator: Seed = None) -> None:
         super().__init__(generator)
         self.parts = TextToImage(pipe)
         if component == "text_encoder" and self.parts.is_xl:
@@ -65,7 +63,7 @@ class ErasureObjective(RandomObjective):
                 f"{type(pipe).__name__} is told the prompt by two text encoders, and one alone cannot unlearn it for "
                 "both: train the UNet"
             )
-        self.component, self.trained = component, list(parameters)
+        self.component, self.names = component, list(names)
 
     @property
     def model(self) -> nn.Module:
@@ -74,7 +72,8 @@ class ErasureObjective(RandomObjective):
 
     def trainable(self, model: nn.Module) -> Sequence[nn.Parameter]:
         """Return the parameters that are trained; ``fit`` asks."""
-        return self.trained
+        own = dict(model.named_parameters())
+        return [own[name] for name in self.names]
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -85,19 +84,18 @@ class ErasureObjective(RandomObjective):
         self, model: nn.Module, prompts: Sequence[str] | None = None, *, ids: Any = None, embeddings: Any = None
     ) -> Conditioning:
         """Return what the student is told; see :meth:`~diffusion_unlearn.pipeline.TextToImage.encode`."""
-        _as_used(model)
-        if self.component == "text_encoder":
-            return self.parts.encode(prompts, ids=ids, embeddings=embeddings, encoders=[model])
-        return self.parts.encode(prompts, ids=ids, embeddings=embeddings)
+        encoders = [model] if self.component == "text_encoder" else None
+        with _as_used(model):
+            return self.parts.encode(prompts, ids=ids, embeddings=embeddings, encoders=encoders)
 
     def student(self, model: nn.Module, latents: Tensor, times: Tensor, condition: Conditioning) -> Tensor:
         """Return (B, C, H, W), what the edited pipeline predicts of latents under a condition for each.
 
         In at least float32, whatever the precision of the networks: losses are small differences.
         """
-        _as_used(model)
         unet = model if self.component == "unet" else self.parts.pipe.unet
-        found = self.parts.predict(latents, times, condition, unet=unet)
+        with _as_used(model):
+            found = self.parts.predict(latents, times, condition, unet=unet)
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def of_states(self, model: nn.Module, states: States, condition: Conditioning) -> Tensor:
@@ -120,9 +118,17 @@ class ErasureObjective(RandomObjective):
         return found[where.to(found.hidden.device)]
 
 
-def _as_used(model: nn.Module) -> None:
-    if model.training:  # erasure is trained as it will be used: dropout of an encoder would blur its targets
-        model.eval()
+@contextmanager
+def _as_used(model: nn.Module) -> Iterator[None]:
+    """Train as it will be used: dropout of an encoder would blur its targets."""
+    modes = [module for module in model.modules() if module.training]
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module in modes:
+            module.training = True
 
 
 class TrainedErasure(ABC):
@@ -329,7 +335,7 @@ def train(
     pipe = objective.parts.pipe
     modules = [pipe.unet, pipe.vae, *objective.parts.encoders]
     with ExitStack() as held:
-        held.enter_context(only_training(objective.trained, modules))
+        held.enter_context(only_training(objective.trainable(objective.model), modules))
         held.enter_context(objective.prepared())
         if gradient_checkpointing:
             held.enter_context(_recomputing(pipe.unet))
