@@ -43,4 +43,23 @@ CARDS: tuple[MethodCard, ...] = (
         target="diffusion_unlearn.erasure.fmn:FMN",
         example=f"{_EXAMPLES}:fmn",
     ),
+    MethodCard(
+        slug="unlearndiffatk",
+        title="UnlearnDiffAtk: tokens beside a prompt bring an erased concept back, found with the victim alone",
+        paper="Zhang et al., ECCV 2024 (arXiv:2310.11868)",
+        kind="attack",
+        task=_TASK,
+        target="diffusion_unlearn.attacks.unlearndiffatk:UnlearnDiffAtk",
+        example="diffusion_unlearn.attacks._examples:unlearndiffatk",
+        claim="diffusion_unlearn.claims.unlearndiffatk",
+    ),
+    MethodCard(
+        slug="p4d",
+        title="P4D: tokens with which an erased model says what the original says of the concept",
+        paper="Chin et al., ICML 2024 (arXiv:2309.06135)",
+        kind="attack",
+        task=_TASK,
+        target="diffusion_unlearn.attacks.p4d:P4D",
+        example="diffusion_unlearn.attacks._examples:p4d",
+    ),
 )
