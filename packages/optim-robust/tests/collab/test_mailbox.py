@@ -87,6 +87,15 @@ def test_old_messages_are_deleted(mailbox: Callable[[int], StoreMailbox]) -> Non
     assert [sender.store.check([f"run/{step}/1"]) for step in range(4)] == [False, False, True, True]
 
 
+def test_handing_in_leaves_the_last_messages_to_slower_peers(mailbox: Callable[[int], StoreMailbox]) -> None:
+    mailbox(1).post(9, LIKE)
+    quick = mailbox(1)
+    quick.post(10, LIKE)
+    quick.hand_in(LIKE + 1)
+    heard = mailbox(0).collect(10, LIKE, [1], need=2, wait_for=[1], seconds=5)
+    assert torch.equal(heard[1], LIKE)  # pyright: ignore[reportArgumentType]
+
+
 def test_a_store_that_is_gone_is_said_to_be() -> None:
     host = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=2), wait_for_workers=False)
     client = TCPStore("127.0.0.1", host.port, None, False, timedelta(seconds=2), wait_for_workers=False)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.distributed import Store
 
-from optim_robust.collab.mailbox import StoreMailbox, decode
-from optim_robust.collab.processes import FINAL, Liar, PeerRun, lie, open_store, serve, train_peer
+from optim_robust.collab.mailbox import FINAL, StoreMailbox, decode
+from optim_robust.collab.processes import Liar, PeerRun, lie, open_store, serve, train_peer
 from optim_robust.collab.team import Team
 from robust_core.errors import RobustError
 
@@ -147,7 +147,7 @@ def _peer(
 
 
 def _hand_in(mailbox: StoreMailbox, run: PeerRun) -> None:
-    mailbox.post(FINAL, run.peers.theta[0])
+    mailbox.hand_in(run.peers.theta[0])
     said = {"loss": run.loss, "silent": run.silent, "seconds": run.seconds}
     mailbox.store.set(f"result/{mailbox.rank}", json.dumps(said))
 

@@ -24,12 +24,14 @@ from optim_robust.byzantine.vectors import AggregationError
 from robust_core.checks import check_count, check_number
 from robust_core.errors import RobustError
 
-__all__ = ["Mailbox", "MailboxError", "MessageError", "StoreMailbox", "decode", "encode"]
+__all__ = ["FINAL", "Mailbox", "MailboxError", "MessageError", "StoreMailbox", "decode", "encode"]
 
 _MAGIC = b"orv1"
 _HEAD = struct.Struct("<4sBIIQ")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _LOOK = 1.0
+FINAL = 2**32 - 1
+"""The round under which a finished peer hands in its model."""
 
 
 class MessageError(AggregationError):
@@ -148,6 +150,14 @@ class StoreMailbox:
                     self.store.delete_key(gone)
         except RuntimeError as error:
             raise MailboxError(f"peer {self.rank} cannot post in round {step}: {error}") from error
+
+    def hand_in(self, vector: Tensor) -> None:
+        """Leave the final (d,) vector under :data:`FINAL`; messages of the last rounds stay for slower peers."""
+        try:
+            message = encode(vector, step=FINAL, sender=self.rank)
+            self.store.set(self._key(FINAL, self.rank), message)  # pyright: ignore[reportArgumentType]
+        except RuntimeError as error:
+            raise MailboxError(f"peer {self.rank} cannot hand in its model: {error}") from error
 
     def latest(self, sender: int) -> int:
         """Return the last round in which ``sender`` says it posted, -1 if it never did.

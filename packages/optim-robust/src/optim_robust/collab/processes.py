@@ -34,13 +34,11 @@ from robust_core.checks import check_choice, check_count, check_number
 from robust_core.errors import TrainingError
 from robust_core.random import derive
 
-__all__ = ["FINAL", "WIRES", "Liar", "PeerRun", "join", "lie", "open_store", "serve", "train_peer"]
+__all__ = ["WIRES", "Liar", "PeerRun", "join", "lie", "open_store", "serve", "train_peer"]
 
 log = logging.getLogger(__name__)
 WIRES = ("vector", "short", "double", "garbage", "stale")
 """What a liar makes of its vector on the way: nothing; half of it; another dtype; noise; the name of another round."""
-FINAL = 2**32 - 1
-"""The round under which a finished peer hands in its model."""
 _START = 120.0
 
 
