@@ -142,6 +142,36 @@ def test_training_lowers_the_error_and_repeats() -> None:
     assert results[0][0]["training_mae"] < 0.15
 
 
+def test_aligned_samples_lie_where_the_players_meet() -> None:
+    spread = {}
+    for sampler in ("mixed", "aligned"):
+        data = generate(
+            KNAPSACK, n_instances=6, n_first_stage=4, n_scenarios=9, sizes=(8,), sampler=sampler, per_instance=True
+        )
+        for i, features in enumerate(data.features):
+            assert (data.xi[i] >= 0).all()
+            assert (data.xi[i].sum(1) <= 8 * 0.2 + 1e-9).all()
+            assert ((data.x[i] == 0) | (data.x[i] == 1)).all()
+            assert len(features.first) == 8
+        spread[sampler] = np.mean([v.std(1).mean() / f.unit for v, f in zip(data.values, data.features, strict=True)])
+    assert spread["aligned"] > 1.3 * spread["mixed"]
+
+
+def test_contrast_compares_scenarios_of_one_decision() -> None:
+    data = _data("knapsack", per_instance=True)
+    model = untrained(data, KNAPSACK, label_scaling="per_instance", embed=(6, 4), post=(5, 3))
+    position, y = scaled_labels(data, model)
+    batch = {"x": position, "y": y, "index": torch.arange(len(y)), "step": 3}
+    objective = ValueRegression(data, model, contrast=0.5)
+    other = objective._partner(batch)
+    assert torch.equal(other[:, :2], position[:, :2])
+    assert bool((other[:, 2] != position[:, 2]).all())
+    found = objective(model.network, batch).parts["difference"]
+    first, second = (model.network(*objective.items(p)).detach() for p in (position, other))
+    expected = ((first - second) - (y - objective.labels[tuple(other.unbind(1))])).square().mean()
+    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_networks_are_saved_and_loaded(tmp_path) -> None:
     data = _data("knapsack")
     model = untrained(data, KNAPSACK, generator=5)

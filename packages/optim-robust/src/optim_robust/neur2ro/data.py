@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from optim_robust.neur2ro.families import Family
 from optim_robust.neur2ro.features import ItemFeatures
-from optim_robust.solver import SolverError
+from optim_robust.solver import Deadline, Program, SolverError
+from optim_robust.two_stage import TwoStageProblem
 from robust_core.checks import check_choice, check_count
 from robust_core.execution import run_shards
 from robust_core.random import Seed, derive, resolve_seed
@@ -20,7 +21,7 @@ from robust_core.random import Seed, derive, resolve_seed
 __all__ = ["SAMPLERS", "ValueData", "generate"]
 
 Array = NDArray[np.float64]
-SAMPLERS = ("paper", "mixed")
+SAMPLERS = ("paper", "mixed", "aligned")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,10 @@ def _one(
     problem = family.instance(size, derive(seed, "instance", i))
     features = family.features(problem, per_instance)
     x = family.first_stage(problem, n_first_stage, derive(seed, "x", i))
-    xi = family.scenarios(problem, n_scenarios, sampler, derive(seed, "xi", i))
+    plain = "mixed" if sampler == "aligned" else sampler
+    xi = family.scenarios(problem, n_scenarios, plain, derive(seed, "xi", i))
+    if sampler == "aligned":
+        x, xi = _align(problem, x, xi, np.random.default_rng(derive(seed, "aligned", i)))
     values = np.full((len(x), len(xi)), math.nan)
     for a, decision in enumerate(x):
         for b, scenario in enumerate(xi):
@@ -70,6 +74,45 @@ def _one(
                 first = problem.first_stage_cost(decision, scenario) if features.total else 0.0
                 values[a, b] = first + answer.value
     return features, x, xi, values
+
+
+def _align(problem: TwoStageProblem, x: Array, xi: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Move half of the decisions and two thirds of the scenarios to where the two players meet.
+
+    Random decisions and scenarios hardly touch each other: the value then varies with x alone. Here every second
+    decision is a best answer to a sampled scenario, and scenarios are those that hurt a decision with its best
+    recourse most, with noise, half of them averaged with one another (the worst case need not be a vertex).
+    """
+    x, xi = x.copy(), xi.copy()
+    for a in range(1, len(x), 2):
+        program, columns = _certain(problem, xi[rng.integers(len(xi))])
+        answer = program.solve(Deadline(1.0), mip_gap=1e-2)
+        if answer.point is not None:
+            x[a] = np.where(problem.x.integer, np.round(answer.point[columns]), answer.point[columns])
+    hurt: list[Array] = []
+    for b in range(len(xi)):
+        decision = x[rng.integers(len(x))]
+        answer = problem.recourse(decision, xi[b] if rng.random() < 0.5 else problem.uncertainty.nominal)
+        if answer.y is None or b % 3 == 0:
+            continue
+        slope = problem.cost_form(decision, answer.y)[1]
+        point = problem.uncertainty.worst(slope * rng.uniform(0.2, 1.0, len(slope)))
+        if b % 3 == 2 and hurt:
+            share = rng.random()
+            point = share * point + (1 - share) * hurt[rng.integers(len(hurt))]
+        hurt.append(point)
+        xi[b] = point
+    return x, xi
+
+
+def _certain(problem: TwoStageProblem, xi: Array) -> tuple[Program, NDArray[np.int32]]:
+    """Return the problem with ``xi`` known, and the columns of x."""
+    program = Program()
+    x = problem.first_stage_block(program)
+    y = problem.scenario_block(program, x, xi)
+    program.set_cost(x, problem.c.at(xi))
+    program.set_cost(y, problem.d.at(xi))
+    return program, x
 
 
 def generate(
@@ -93,7 +136,8 @@ def generate(
         n_first_stage: decisions for each instance.
         n_scenarios: scenarios for each instance.
         sizes: numbers of items; the family's by default.
-        sampler: ``"paper"`` (interior points) or ``"mixed"`` (every second one a vertex, where the adversary ends).
+        sampler: ``"paper"`` (interior points), ``"mixed"`` (every second one a vertex, where the adversary ends) or
+            ``"aligned"`` (decisions and scenarios also where the two players meet; needs a convex uncertainty set).
         per_instance: features in units of the instance.
         workers: processes; the data do not depend on it.
         generator: seed; an instance is a function of the seed and its position.

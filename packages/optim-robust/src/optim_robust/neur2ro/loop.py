@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from optim_robust.neur2ro.train import fit_value_network
 from optim_robust.relu import METHODS
 from optim_robust.solver import Deadline, Status
 from optim_robust.two_stage import Step, TwoStageProblem, TwoStageSolution, WorstCase
+from optim_robust.uncertainty import Discrete
 from robust_core.checks import check_choice, check_count, check_number
 from robust_core.random import Seed, resolve_seed
 
@@ -26,8 +27,8 @@ __all__ = ["Neur2RO", "solve_neur2ro"]
 _LOGGER = logging.getLogger(__name__)
 Array = NDArray[np.float64]
 INCUMBENTS = ("best", "last")
-SHARE = 0.6
-"""Of the time that is left, the most that one solve of the planner may take."""
+SHARE = 0.15
+"""Of the time limit, the most that one solve of the planner may take; what it proves until then counts."""
 
 
 class _Run:
@@ -47,6 +48,10 @@ class _Run:
             self.seen[key] = self.problem.evaluate(x, time_limit=max(0.05, seconds))
             self.candidates.append((x, self.seen[key]))
         return self.seen[key]
+
+    def knows(self, x: Array) -> bool:
+        """Return whether the worst case of ``x`` has been computed."""
+        return np.round(x, 9).tobytes() in self.seen
 
     def best(self, incumbent: str) -> tuple[Array, WorstCase] | None:
         """Return the candidate to report, or None; one whose worst case is proven comes before one that looks good."""
@@ -77,6 +82,9 @@ class Neur2RO:
         mode: ``"argmax"`` (the paper's default) or ``"max"`` (minimise the greatest prediction; proves nothing).
         adversary: ``"milp"``, ``"gradient"`` or ``"sample"``; see :mod:`.adversary`.
         bounds: how the network's bounds are tightened: ``"interval"``, ``"crown"`` or ``"lp"``.
+        verify: tell the planner what the first stages met so far truly cost, let their true worst cases join the
+            scenarios when the network has nothing to add, and end when the planner comes back to one it knows. The
+            paper's loop (False) trusts the network to the end.
         incumbent: report the ``"best"`` first stage met, by its true worst case, or the ``"last"`` (the paper's).
         time_limit: seconds for one problem, evaluation included; the paper's is 3 hours.
         mip_gap: relative gap of both programs.
@@ -90,8 +98,8 @@ class Neur2RO:
 
     def __init__(
         self, model: ValueModel, *, family: Family | None = None, mode: str = "argmax", adversary: str = "milp",
-        bounds: str = "lp", incumbent: str = "best", time_limit: float = 10_800.0, mip_gap: float = 1e-3,
-        max_scenarios: int = 20, tol: float = 1e-4, generator: Seed = None,
+        bounds: str = "lp", verify: bool = True, incumbent: str = "best", time_limit: float = 10_800.0,
+        mip_gap: float = 1e-3, max_scenarios: int = 20, tol: float = 1e-4, generator: Seed = None,
     ) -> None:  # fmt: skip
         if not isinstance(model, ValueModel):
             raise TypeError(
@@ -101,6 +109,7 @@ class Neur2RO:
         self.mode = check_choice("mode", mode, MODES)
         self.adversary = check_choice("adversary", adversary, ADVERSARIES)
         self.bounds = check_choice("bounds", bounds, METHODS)
+        self.verify = bool(verify)
         self.incumbent = check_choice("incumbent", incumbent, INCUMBENTS)
         self.time_limit = check_number("time_limit", float(time_limit), low=0.0, open_low=True)
         self.mip_gap = check_number("mip_gap", mip_gap, low=0.0)
@@ -153,15 +162,16 @@ class Neur2RO:
 
     def _rounds(self, run: _Run, main: MainProblem, adversary: Adversary) -> Status:
         """Run the loop; return why it ended."""
-        clock = run.clock
+        clock, patience = run.clock, SHARE * self.time_limit
         while len(main.scenarios) <= self.max_scenarios:
-            answer, x = main.solve(clock.at_most(max(0.05, SHARE * clock.left)))
+            answer, x = main.solve(clock.at_most(max(0.05, patience)))
             if self.mode == "argmax" or not main.scenarios:
                 run.bound = max(run.bound, answer.bound if math.isfinite(answer.bound) else -math.inf)
             if answer.status in (Status.INFEASIBLE, Status.UNBOUNDED, Status.ERROR):
                 return answer.status
             if x is None:
                 return Status.TIME_LIMIT
+            again = run.knows(x)
             worst = run.evaluate(x, 0.3 * clock.left)
             run.record()
             if clock.passed:
@@ -170,22 +180,39 @@ class Neur2RO:
                 if any(np.abs(worst.xi - xi).max() < 1e-12 for xi in main.feasible_for):
                     return Status.ERROR  # a cut that does not cut: tolerances disagree
                 main.require_recourse(worst.xi)
-                continue
-            xi, value, _ = adversary.worst(x, clock.at_most(max(0.05, 0.3 * clock.left)))
-            if self._done(main, x, xi, value):
+            elif again and answer.status != Status.OPTIMAL and main.visited:
+                patience *= 2.0  # the solver came back with its starting point: it needs longer
+            elif self._agreed(main, adversary, x, worst, again, clock):
                 return Status.FEASIBLE
-            main.add_scenario(xi)
         return Status.FEASIBLE
+
+    def _agreed(
+        self, main: MainProblem, adversary: Adversary, x: Array, worst: WorstCase, again: bool, clock: Deadline
+    ) -> bool:
+        """Let the adversary answer; return whether the loop is over."""
+        if self.verify:
+            main.learn(x, worst.value)
+        xi, value, _ = adversary.worst(x, clock.at_most(max(0.05, SHARE * self.time_limit)))
+        if self._done(main, x, xi, value):
+            if not self.verify or worst.xi is None or (again and _known(main, worst.xi)):
+                return True
+            xi = worst.xi
+        if not _known(main, xi):
+            main.add_scenario(xi)
+        return False
 
     def _done(self, main: MainProblem, x: Array, xi: Array, value: float) -> bool:
         """Return whether the adversary has found nothing that the planner does not know."""
         if not main.scenarios:
             return False
-        known = np.array(main.scenarios)
-        eta = float(main.instance.predict(x, known).max())
+        eta = float(main.instance.predict(x, np.array(main.scenarios)).max())
         first = 0.0 if main.instance.features.total else main.instance.problem.first_stage_cost(x, xi)
         close = abs(value - eta) <= self.tol * max(1e-9, abs(value + first))
-        return close or bool((np.abs(known - xi).sum(1) < 1e-3).any())
+        return close or _known(main, xi)
+
+
+def _known(main: MainProblem, xi: Array) -> bool:
+    return bool(main.scenarios) and bool((np.abs(np.array(main.scenarios) - xi).sum(1) < 1e-3).any())
 
 
 def _solution(run: _Run, main: MainProblem, status: Status, incumbent: str, info: dict[str, Any]) -> TwoStageSolution:
@@ -212,6 +239,7 @@ def solve_neur2ro(
     network: ValueModel | None = None,
     time_limit: float = 60.0,
     generator: Seed = None,
+    training: Mapping[str, Any] | None = None,
     on_step: Callable[[Step], object] | None = None,
     **options: Any,
 ) -> TwoStageSolution:
@@ -223,6 +251,7 @@ def solve_neur2ro(
             stand in ``info["training seconds"]`` and are not part of ``time_limit``.
         time_limit: seconds for the solve.
         generator: seed.
+        training: options of :func:`~.train.fit_value_network` in place of those used without a network.
         on_step: called after each round.
         **options: of :class:`Neur2RO`.
     """
@@ -231,14 +260,16 @@ def solve_neur2ro(
     if network is None:
         family = family_of(problem)
         single = family.name.startswith("fixed:")
-        network, errors = fit_value_network(
-            family, n_instances=1 if single else 200, n_first_stage=60 if single else 8,
-            n_scenarios=40 if single else 10, sizes=(problem.x.size,), label_scaling="per_instance", epochs=60,
-            generator=seed, embed=(16, 8), post=(16, 4), value=(8,),
-        )  # fmt: skip
+        sampler = "mixed" if isinstance(problem.uncertainty, Discrete) else "aligned"
+        chosen: dict[str, Any] = {
+            "n_instances": 1 if single else 200, "n_first_stage": 40 if single else 6, "n_scenarios": 20,
+            "sizes": (problem.x.size,), "label_scaling": "per_instance", "sampler": sampler, "contrast": 0.7,
+            "epochs": 40, "learning_rate": 5e-3, "embed": (32, 16), "post": (16, 8), "value": (8,),
+        }  # fmt: skip
+        network, errors = fit_value_network(family, generator=seed, **{**chosen, **(training or {})})
         _LOGGER.info("trained in %.1f s: %s", clock.elapsed, errors)
-    training = clock.elapsed
+    spent = clock.elapsed
     answer = Neur2RO(network, time_limit=time_limit, generator=seed, **options).solve(problem, on_step=on_step)
     if trained:
-        answer.info["training seconds"] = training
+        answer.info["training seconds"] = spent
     return answer

@@ -10,6 +10,9 @@ the objective is the *true* cost of that scenario with explicit recourse,
 The chosen scenario lies in the uncertainty set, so the dual bound of this program is a valid lower bound on the optimum
 of the two-stage problem, however good or bad the network is. ``"max"`` minimises the greatest prediction instead, and
 proves nothing. Every M is computed: from the network's tightened bounds, or from linear programs.
+
+A first stage whose true worst case F is known is not judged by the network again: ``cost >= F - (F - bound) |x - x'|``
+for binary x (the integer L-shaped cut of Laporte and Louveaux 1993). The bound stays valid.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from optim_robust.neur2ro.chains import decision_chain, encode, scenario_chain, value_chain
+from optim_robust.neur2ro.chains import decision_chain, encode, scenario_chain, two_valued, value_chain
 from optim_robust.neur2ro.features import ItemFeatures
 from optim_robust.neur2ro.model import ValueModel
 from optim_robust.relu import Embedding, InputSet, Layer, embed, tighten
@@ -93,9 +96,11 @@ class MainProblem:
         self.scenarios: list[Array] = []
         self.feasible_for: list[Array] = []
         self.region = InputSet.of(problem.x.lower, problem.x.upper, problem.A, problem.b)
+        self.floor = -np.inf  # a proven lower bound on the optimum
         self.deadline = Deadline() if deadline is None else deadline
         self.front = tighten(instance.decision, self.region, bounds, deadline=self._until())
         self.heads: list[tuple[list[Layer], list[tuple[Array, Array]]]] = []
+        self.visited: dict[bytes, tuple[Array, float]] = {}
         self.known: list[Array] = []  # first stages met so far, to start from
         self.n_binaries = self.n_relu = 0
 
@@ -115,12 +120,19 @@ class MainProblem:
         """Cut off first stages that leave no recourse at ``xi``."""
         self.feasible_for.append(xi)
 
+    def learn(self, x: Array, value: float) -> None:
+        """Tell the planner what ``x`` truly costs at worst, or a lower bound of it."""
+        if self.mode == "argmax" and two_valued(self.instance.features, self.instance.problem.x.integer).all():
+            self.visited[np.round(x).tobytes()] = (x, value)
+
     def solve(self, deadline: Deadline) -> tuple[Answer, Array | None]:
         """Solve for the present scenarios; return the answer and x (None without an incumbent)."""
         program, x = self.build()
         if self.known:
             self._start(program, x, deadline)
         answer = program.solve(deadline, mip_gap=self.mip_gap)
+        if self.mode == "argmax" or not self.scenarios:
+            self.floor = max(self.floor, answer.bound)
         if answer.point is None:
             return answer, None
         point = answer.point[x]
@@ -153,7 +165,21 @@ class MainProblem:
         eye = sparse.identity(len(outputs))
         program.add_rows([(np.ones((len(outputs), 1)), eta), (-eye, outputs), (sparse.diags(big), chosen)], upper=big)
         self._true_cost(program, x, chosen)
+        self._cut(program, x)
         return program, x
+
+    def _cut(self, program: Program, x: NDArray[np.int32]) -> None:
+        """Let no visited first stage cost less than it truly does."""
+        problem, priced = self.instance.problem, np.flatnonzero(program.cost)
+        for point, value in self.visited.values():
+            drop = max(value - self.floor, 0.0)
+            if not np.isfinite(drop):
+                continue
+            at_upper = point > problem.x.lower
+            away = np.where(at_upper, -1.0, 1.0) * drop  # the distance is 0 at the point, at least 1 elsewhere
+            start = float(np.where(at_upper, problem.x.upper, -problem.x.lower).sum() * drop)
+            terms = [(program.cost[priced][None], priced), (away[None], x)]
+            program.add_rows(terms, lower=value - program.offset - start)
 
     def _certain(self, program: Program, x: NDArray[np.int32], xi: Array) -> None:
         """Before any scenario is known: the nominal one, which is optimistic and is not kept."""

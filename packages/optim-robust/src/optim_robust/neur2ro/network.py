@@ -113,11 +113,11 @@ class SetValueNetwork(nn.Module):
     def forward(
         self, x_items: Tensor, xi_items: Tensor, x_mask: Tensor | None = None, xi_mask: Tensor | None = None
     ) -> Tensor:
-        """Return (B,) predictions.
+        """Return (B,) predictions, or (k B,) for k batches of scenarios.
 
         Args:
             x_items: (B, n, x_dim).
-            xi_items: (B, m, xi_dim).
+            xi_items: (B, m, xi_dim), or (k B, m, xi_dim): k batches of scenarios, one after another, for the same x.
             x_mask: (B, n) True where there is an item; all by default.
             xi_mask: (B, m).
 
@@ -127,5 +127,9 @@ class SetValueNetwork(nn.Module):
         for name, items, width in (("x_items", x_items, "x_dim"), ("xi_items", xi_items, "xi_dim")):
             if items.ndim != 3 or items.shape[2] != self.options[width]:
                 raise ValueError(f"{name} has shape {tuple(items.shape)}; (B, items, {self.options[width]}) is needed")
-        both = torch.cat([self.encode_x(x_items, x_mask), self.encode_xi(xi_items, xi_mask)], dim=1)
-        return self.value(both).squeeze(1)
+        z_x, z_xi = self.encode_x(x_items, x_mask), self.encode_xi(xi_items, xi_mask)
+        if not len(z_x) or len(z_xi) % len(z_x):
+            raise ValueError(f"xi_items holds {len(z_xi)} rows; a multiple of the {len(z_x)} rows of x_items is needed")
+        if len(z_xi) > len(z_x):
+            z_x = z_x.repeat(len(z_xi) // len(z_x), 1)
+        return self.value(torch.cat([z_x, z_xi], dim=1)).squeeze(1)

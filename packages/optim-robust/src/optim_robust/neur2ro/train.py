@@ -19,7 +19,7 @@ from optim_robust.neur2ro.data import ValueData, generate
 from optim_robust.neur2ro.families import Family
 from optim_robust.neur2ro.model import LABEL_SCALINGS, ValueModel
 from optim_robust.neur2ro.network import SetValueNetwork
-from robust_core.checks import check_choice, check_count
+from robust_core.checks import check_choice, check_count, check_number
 from robust_core.random import Seed, derive, resolve_seed
 from robust_core.training import Batch, Loss, TrainState, cosine, fit, scheduled
 
@@ -69,12 +69,19 @@ class ValueRegression(nn.Module):
     ``batch["x"]`` holds positions (B, 3) of (instance, decision, scenario) in tables kept here, as padded items: an
     instance is stored once, not with each of its labels.
 
+    What decides in the loop is which scenario is worst for one decision, and labels differ far more between decisions
+    than between scenarios. ``contrast`` gives that a share of the loss of its own:
+    ``(1 - contrast) MSE(values) / var(values) + contrast MSE(differences) / var(differences)``, differences being those
+    to a second scenario of the same instance and decision.
+
     Args:
         data: labelled combinations.
         model: whose scales are used.
+        contrast: share of the loss on differences between scenarios, in [0, 1); 0 is the paper's plain error.
         dtype: of the tables.
     """
 
+    labels: Tensor
     first: Tensor
     second: Tensor
     dynamic: Tensor
@@ -82,10 +89,14 @@ class ValueRegression(nn.Module):
     x_mask: Tensor
     xi_mask: Tensor
 
-    def __init__(self, data: ValueData, model: ValueModel, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, data: ValueData, model: ValueModel, *, contrast: float = 0.0, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
+        self.contrast = check_number("contrast", contrast, low=0.0, high=1.0, open_high=True)
         low, span = model.scale("dynamic_low"), model.scale("dynamic_span")
         static = [model.static(f) for f in data.features]
+        ranges = [model.label_range(f) for f in data.features]
         dynamic = [(f.dynamic(xi) - low) / span for f, xi in zip(data.features, data.xi, strict=True)]
         decision = [(x - f.x_lower) / f.span for f, x in zip(data.features, data.x, strict=True)]
         tables = {
@@ -95,7 +106,11 @@ class ValueRegression(nn.Module):
             "decision": decision,
             "x_mask": [np.ones(len(s[0])) for s in static],
             "xi_mask": [np.ones(len(s[1])) for s in static],
+            "labels": [(v - r[0]) / r[1] for v, r in zip(data.values, ranges, strict=True)],
         }
+        centred = [v - np.nanmean(v, axis=1, keepdims=True) for v in tables["labels"]]
+        flat = [np.concatenate([v[np.isfinite(v)] for v in parts]) for parts in (tables["labels"], centred)]
+        self.variances = max(1e-12, float(flat[0].var())), max(1e-12, 2 * float(flat[1].var()))
         for name, parts in tables.items():
             self.register_buffer(name, _padded(parts, dtype), persistent=False)
 
@@ -108,9 +123,30 @@ class ValueRegression(nn.Module):
 
     def forward(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of one batch; ``model`` is the set network, ``y`` holds scaled labels."""
-        predicted = model(*self.items(batch["x"]))
-        loss = F.mse_loss(predicted, batch["y"])
-        return Loss(loss, {"mse": loss.detach(), "mae": (predicted.detach() - batch["y"]).abs().mean()})
+        x_items, xi_items, x_mask, xi_mask = self.items(batch["x"])
+        other = self._partner(batch) if self.contrast else None
+        if other is not None:
+            _, more, _, _ = self.items(other)
+            xi_items, xi_mask = torch.cat([xi_items, more]), torch.cat([xi_mask, xi_mask])
+        predicted, *there = model(x_items, xi_items, x_mask, xi_mask).split(len(x_items))
+        error = F.mse_loss(predicted, batch["y"])
+        parts = {"mse": error.detach(), "mae": (predicted.detach() - batch["y"]).abs().mean()}
+        if other is None:
+            return Loss(error, parts)
+        label = self.labels[tuple(other.unbind(1))]
+        known = torch.isfinite(label)
+        difference = ((predicted - there[0]) - (batch["y"] - label))[known]
+        apart = difference.square().sum() / max(1, int(known.sum()))
+        total = (1 - self.contrast) * error / self.variances[0] + self.contrast * apart / self.variances[1]
+        return Loss(total, {**parts, "difference": apart.detach()})
+
+    def _partner(self, batch: Batch) -> Tensor:
+        """Return positions with another scenario, a function of the sample and the step."""
+        position, n = batch["x"], self.dynamic.shape[1]
+        if n < 2:
+            return position
+        step = 1 + (batch["index"] * 7919 + int(batch.get("step", 0)) * 104_729) % (n - 1)
+        return torch.cat([position[:, :2], ((position[:, 2] + step) % n)[:, None]], dim=1)
 
 
 def _padded(parts: list[Array], dtype: torch.dtype) -> Tensor:
@@ -150,6 +186,7 @@ def train(
     batch_size: int = 256,
     validation: float = 0.2,
     evaluate_every: int = 10,
+    contrast: float = 0.0,
     checkpoint: str | os.PathLike[str] | None = None,
     generator: Seed = None,
 ) -> dict[str, float]:
@@ -163,6 +200,7 @@ def train(
         batch_size: labels for each step.
         validation: share of instances held out; 0.2 in the paper.
         evaluate_every: epochs between validations.
+        contrast: share of the loss on differences between scenarios; see :class:`ValueRegression`.
         checkpoint: folder from which an interrupted run goes on.
         generator: seed of order and split.
 
@@ -181,7 +219,7 @@ def train(
     else:
         rows = np.array([i in held for i in position[:, 0].tolist()])
     outside = torch.from_numpy(rows)
-    objective = ValueRegression(data, model)
+    objective = ValueRegression(data, model, contrast=contrast)
     best: dict[str, Any] = {"mae": float("inf"), "state": None, "epoch": 0}
 
     def validate(state: TrainState) -> Mapping[str, Any] | None:
@@ -221,6 +259,9 @@ def fit_value_network(
     sampler: str = "mixed",
     label_scaling: str = "per_size",
     epochs: int = 500,
+    learning_rate: float = 1e-3,
+    batch_size: int = 256,
+    contrast: float = 0.0,
     workers: int = 1,
     generator: Seed = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -234,9 +275,12 @@ def fit_value_network(
         n_first_stage: decisions for each instance.
         n_scenarios: scenarios for each instance.
         sizes: numbers of items.
-        sampler: ``"paper"`` or ``"mixed"``.
+        sampler: ``"paper"``, ``"mixed"`` or ``"aligned"``.
         label_scaling: ``"per_size"`` (the paper's) or ``"per_instance"``.
         epochs: passes over the data.
+        learning_rate: see :func:`train`, as for the next two.
+        batch_size: labels for each step.
+        contrast: share of the loss on differences between scenarios.
         workers: processes that label.
         generator: seed of everything.
         checkpoint: folder from which training goes on.
@@ -248,4 +292,8 @@ def fit_value_network(
         sampler=sampler, per_instance=label_scaling == "per_instance", workers=workers, generator=derive(seed, "data"),
     )  # fmt: skip
     model = untrained(data, family, label_scaling=label_scaling, generator=seed, **network)
-    return model, train(model, data, epochs=epochs, checkpoint=checkpoint, generator=seed)
+    errors = train(
+        model, data, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, contrast=contrast,
+        checkpoint=checkpoint, generator=seed,
+    )  # fmt: skip
+    return model, errors
