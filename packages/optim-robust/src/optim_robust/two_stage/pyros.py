@@ -81,7 +81,8 @@ class PyROS:
         answer = pyo.SolverFactory("pyros").solve(
             model, *parts, to_pyros(problem.uncertainty), solver, solver,
             objective_focus=pyros.ObjectiveType.worst_case, solve_master_globally=True, decision_rule_order=self.order,
-            time_limit=time_limit, progress_logger=quiet, load_solution=True,
+            nominal_uncertain_param_vals=problem.uncertainty.nominal.tolist(), time_limit=time_limit,
+            progress_logger=quiet, load_solution=True,
         )  # fmt: skip
         reason = str(answer.pyros_termination_condition.name)
         run.info |= {"termination": reason, "iterations": answer.iterations}
