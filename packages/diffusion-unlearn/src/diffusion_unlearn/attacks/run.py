@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ from diffusion_unlearn.attacks.base import Found, OnStep, PromptAttack, Scene
 from diffusion_unlearn.attacks.drawing import Drawing, Try
 from diffusion_unlearn.attacks.report import AttackReport, new_document
 from diffusion_unlearn.judges import Judge, check_images, facts
+from diffusion_unlearn.measuring import parts_of
 from diffusion_unlearn.pipeline import TextToImage
 from diffusion_unlearn.prompts import PromptSet
 from robust_core.checks import check_choice, check_count, check_number
 from robust_core.errors import CheckpointError
 from robust_core.execution import run_shards
 from robust_core.io import read_json, write_atomic, write_json
-from robust_core.models import fingerprint
 from robust_core.random import Seed, resolve_seed
 
 __all__ = ["attack_prompts"]
@@ -79,22 +79,9 @@ class Shard:
     file: Path | None = None
 
 
-@lru_cache(maxsize=2)
-def _loaded(folder: str, device: str) -> Any:
-    from diffusion_unlearn.folders import load_pipeline
-
-    return load_pipeline(folder, device=device)
-
-
-def _parts(pipe: Any, device: str) -> TextToImage:
-    if isinstance(pipe, TextToImage):
-        return pipe
-    return TextToImage(_loaded(os.fspath(pipe), device) if isinstance(pipe, str | os.PathLike) else pipe)
-
-
 def _do(shard: Shard, *, setting: Setting, on_step: OnStep | None = None) -> list[dict[str, Any]]:
     """Return plain JSON for each prompt of a shard, and keep it."""
-    victim = _parts(setting.victim, setting.device)
+    victim = parts_of(setting.victim, setting.device)
     drawing = Drawing(victim, setting.judge, setting.steps, setting.batch_size)
     tries = [setting.tries[i] for i in shard.rows]
     if shard.name:
@@ -115,7 +102,7 @@ def _do(shard: Shard, *, setting: Setting, on_step: OnStep | None = None) -> lis
 
 def _add_concept(scene: Scene, setting: Setting, attack: PromptAttack) -> None:
     """Give the scene pictures of the concept: the user's, or what the original draws for the same prompts and seeds."""
-    original = None if setting.original is None else _parts(setting.original, setting.device)
+    original = None if setting.original is None else parts_of(setting.original, setting.device)
     if attack.needs_original:
         scene.original = original
     if setting.targets is not None:
@@ -137,7 +124,7 @@ def _add_concept(scene: Scene, setting: Setting, attack: PromptAttack) -> None:
 
 def _checked(setting: Setting) -> None:
     """Refuse what cannot work before anything is drawn."""
-    victim, texts = _parts(setting.victim, setting.device), [t.text for t in setting.tries]
+    victim, texts = parts_of(setting.victim, setting.device), [t.text for t in setting.tries]
     victim.ids(texts)
     for name, attack in setting.attacks.items():
         if not isinstance(attack, PromptAttack):
@@ -211,15 +198,8 @@ def _work(
     return [[Found.from_json(row) for row in found or ()] for found in rows]
 
 
-def _unwrapped(setting: Setting, name: str) -> str:
-    """Return the identity of a pipeline: of what draws and encodes in it."""
-    pipe = getattr(setting, name)
-    if pipe is None:
-        return ""
-    parts = _parts(pipe, setting.device)
-    modules = [parts.pipe.unet, *parts.encoders, parts.pipe.vae]
-    told = [fingerprint(module) for module in modules] + [type(parts.pipe).__name__, str(parts.pipe.scheduler.config)]
-    return hashlib.sha256("".join(told).encode()).hexdigest()
+def _identity(pipe: Any, device: str) -> str:
+    return "" if pipe is None else parts_of(pipe, device).sha256
 
 
 def attack_prompts(
@@ -289,7 +269,7 @@ def attack_prompts(
     )  # fmt: skip
     _checked(setting)
     about = {
-        "victim": _unwrapped(setting, "victim"), "original": _unwrapped(setting, "original"),
+        "victim": _identity(pipe, device), "original": _identity(original, device),
         "prompts": prompts.sha256, "tries": [list(t) for t in tries], "judge": facts(judge),
         "attacks": {label: repr(attack) for label, attack in attacks.items()}, "steps": steps, "together": together,
         "precision": precision, "seed": seed,
@@ -308,8 +288,8 @@ def attack_prompts(
             found[shard.name][i] = one
     document, arrays = new_document(
         prompts, tries, unattacked, found, dict(attacks), about=about, judge=facts(judge), seed=seed, started=started,
-        name=name or _name(pipe), device=str(_parts(pipe, device).device), command=command,
-        checked=_has_checker(_parts(pipe, device)),
+        name=name or _name(pipe), device=str(parts_of(pipe, device).device), command=command,
+        checked=_has_checker(parts_of(pipe, device)),
     )  # fmt: skip
     return AttackReport(document, arrays, tuple(tries), tuple(unattacked), found)
 
