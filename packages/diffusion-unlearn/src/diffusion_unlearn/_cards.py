@@ -62,4 +62,13 @@ CARDS: tuple[MethodCard, ...] = (
         target="diffusion_unlearn.attacks.p4d:P4D",
         example="diffusion_unlearn.attacks._examples:p4d",
     ),
+    MethodCard(
+        slug="erasure-evaluation",
+        title="Erasure report: the concept before, after and under attack by a named judge, and what the erasure cost",
+        paper="Zhang et al., ECCV 2024 (arXiv:2310.11868); Heusel et al., NeurIPS 2017 (arXiv:1706.08500)",
+        kind="measure",
+        task=_TASK,
+        target="diffusion_unlearn.evaluation:evaluate_erasure",
+        example=f"{_EXAMPLES}:erasure_evaluation",
+    ),
 )

@@ -9,7 +9,7 @@ import torch
 
 from robust_core.testing import Case
 
-__all__ = ["advunlearn", "concept_ablation", "esd", "fmn"]
+__all__ = ["advunlearn", "concept_ablation", "erasure_evaluation", "esd", "fmn"]
 
 
 @cache
@@ -59,3 +59,26 @@ def concept_ablation() -> Case:
     from diffusion_unlearn.erasure import ConceptAblation
 
     return _erasure(ConceptAblation("three", "two"), n=2, steps=2)
+
+
+def erasure_evaluation() -> Case:
+    """Return the figures of another pipeline against the first, with an attack, retained prompts and a distance."""
+    from diffusion_unlearn.attacks import RandomPrefix
+    from diffusion_unlearn.digits import build_pipeline
+    from diffusion_unlearn.evaluation import evaluate_erasure
+    from diffusion_unlearn.judges import judge_digit
+    from diffusion_unlearn.measuring import PixelFeatures
+    from diffusion_unlearn.prompts import PromptSet
+
+    before, after = _pipeline(), build_pipeline(generator=1)
+    prompts = PromptSet.of(["three", "a photo of three"])
+    others = PromptSet.of(["one", "zwei", "cinco"], labels=[1, 2, 5], seeds=[7, 8, 9])
+
+    def measure() -> dict[str, float]:
+        report = evaluate_erasure(
+            after, prompts, judge_digit("three"), original=before, attacks={"random": RandomPrefix(k=1, n_tries=2)},
+            retain=others, features=PixelFeatures(), guidance=2.0, steps=2, n_shown=0,
+        )  # fmt: skip
+        return {name: figure["value"] for name, figure in report.document["figures"].items()}
+
+    return Case(measure, after.unet, torch.rand(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64))
