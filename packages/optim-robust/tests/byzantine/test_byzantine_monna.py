@@ -54,6 +54,8 @@ def test_long_vectors_take_the_other_path_to_the_same_result() -> None:
     mixed = NearestNeighbors(1)(pool, torch.arange(5), heard)
     assert torch.allclose(mixed[2], nearest_neighbor_average(pool[heard[2]], 1, 2), atol=1e-6)
     assert torch.allclose(mixed[0], nearest_neighbor_average(pool, 1, 0), atol=1e-6)
+    few = NearestNeighbors(1)(pool, torch.arange(2), heard[:2])  # so few that they are compared one by one
+    assert torch.allclose(few, mixed[:2], atol=1e-6)
 
 
 def adversarial(h: int, f: int, d: int, seed: int) -> Tensor:

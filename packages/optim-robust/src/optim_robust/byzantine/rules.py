@@ -179,7 +179,7 @@ def geometric_median(x: Tensor, *, nu: float = 0.0, max_iter: int = 1000, tol: f
         max_iter: steps at most.
         tol: stop when no row pulls the result by more, relative to the typical distance.
     """
-    n = len(check_vectors(x))
+    check_vectors(x)
     check_number("nu", nu, low=0.0)
     check_number("tol", tol, low=0.0)
     check_count("max_iter", max_iter)
@@ -188,7 +188,7 @@ def geometric_median(x: Tensor, *, nu: float = 0.0, max_iter: int = 1000, tol: f
     inner = gram(x, medoid)
     if nu == 0.0 and _is_median(inner):
         return x[medoid].clone()
-    return combine(_weiszfeld(inner, nu, max_iter, tol) if n > 1 else torch.ones(1, dtype=torch.float64), x)
+    return combine(_weiszfeld(inner, nu, max_iter, tol), x)
 
 
 def _is_median(inner: Tensor) -> bool:

@@ -6,7 +6,7 @@ messages: the protocol of the official experiments on smaller data. Full scale: 
 ROBUST_DATA, convolutional network of 431,080 parameters, 600 rounds). Accuracies are means over the honest models on
 the test split, in percentage points; the worst is over four attacks on half-step models: sign flip, label flip, and
 "fall of empires" and "a little is enough" with their strength searched every tenth round against the rule itself. D-SGD
-is the same without liars and with the mean.
+is the same without liars and with the mean. Models that diverge to NaN count as guessing, 10 %.
 
 Gradients are counted for one honest peer until the mean training loss of the honest models is at that of D-SGD after
 150 rounds, looked at every 10 rounds for 600 at most (what did not get there counts as 600 rounds); the liars hide in
@@ -44,6 +44,7 @@ from optim_robust.collab.shards import dirichlet_shards
 from optim_robust.collab.simulate import Network, Run, simulate
 from robust_core.claim import Figures, Gate, Scale, Statement
 from robust_core.data import Dataset, load
+from robust_core.errors import TrainingError
 from robust_core.random import derive, reseeded
 
 __all__ = ["STATEMENTS", "run"]
@@ -54,6 +55,8 @@ ATTACKS: dict[str, Callable[[], Attack]] = {
     "fall of empires": lambda: InnerProduct("optimal", every=10),
     "a little is enough": lambda: ALittleIsEnough("optimal", every=10),
 }
+CHANCE = 0.1
+"""Accuracy of models that diverged to NaN."""
 _POINTS = "percentage points"
 _CURVES = "the paper shows curves, and other data at this scale"
 
@@ -211,7 +214,12 @@ def _train(
 
 def _worst(here: _Setting, mixing: Mixing, *, names: tuple[str, ...] = tuple(ATTACKS), **more: float | str) -> float:
     """Return the least accuracy over attacks, in points."""
-    found = [_train(here, mixing, ATTACKS[name](), **more).accuracy[-1][1] for name in names]  # pyright: ignore[reportArgumentType]
+    found = []
+    for name in names:
+        try:
+            found.append(_train(here, mixing, ATTACKS[name](), **more).accuracy[-1][1])  # pyright: ignore[reportArgumentType]
+        except TrainingError:
+            found.append(CHANCE)
     return 100 * min(found)
 
 
@@ -250,7 +258,7 @@ def _loss(here: _Setting, theta: Tensor) -> float:
 def run(seed: int, scale: Scale) -> Figures:
     """Return the figures of one seed."""
     here = setting(seed, scale)
-    nearest, plain = NearestNeighbors(5), Aggregation(mean)
+    nearest, plain = NearestNeighbors(5), Aggregation(mean, columnwise=True)
     reference = 100 * _train(here, plain, None).accuracy[-1][1]
     monna = _worst(here, nearest)
     trimmed = Aggregation(trimmed_mean, 5, columnwise=True)

@@ -205,12 +205,17 @@ def _round(
     if gradient_mixing is not None:
         gradients = exchange(gradients, network, gradient_mixing, attack, scene)
     half = program.half_step(peers, gradients)
+    _check_finite(half, peers.step)
     if flipped is not None:
         flipped = half.mean(0) - program.lr(peers.step) * flipped
     mixed = exchange(half, network, mixing, attack, replace(scene, flipped=flipped))
+    _check_finite(mixed, peers.step)
     program.finish(peers, mixed)
     run.gradients += size
     run.loss.append(float(losses.mean()))
     run.drift.append(float((mixed - mixed.mean(0)).double().square().sum(1).mean()))
-    if not torch.isfinite(mixed).all():
-        raise TrainingError(f"a model became NaN or infinite in round {peers.step - 1}; lower the step size")
+
+
+def _check_finite(models: Tensor, step: int) -> None:
+    if not torch.isfinite(models).all():
+        raise TrainingError(f"a model became NaN or infinite in round {step}; lower the step size")
