@@ -7,9 +7,9 @@ Wants an environment that holds ``byzfl`` beside ``optim-robust`` (or both on ``
 n = 30 vectors of float32, f = 7, one thread. A rule is compared where the peer's definition is ours (its own settings
 given where they differ); "difference" is the largest difference of the results relative to the largest value. Times are
 the medians of alternated rounds. Two floors stand beside them: "gram" is one plain ``x @ x.T``, "pass" one mean of the
-rows. Memory is the growth of the process's peak during one call, in a fresh process for each rule, in units of the
-input: what is allocated beside the input, the result included. MDA and SMEA enumerate subsets in the peer: n = 14 and
-10 there; SMEA is called once. "violations" counts random inputs on which a rule exceeds its proved constant.
+rows. Memory is the growth of the process's peak during one call, in a process of its own, in units of the input: what
+is allocated beside the input, the result included. MDA and SMEA enumerate subsets in the peer: n = 14 and 10 there;
+SMEA is called once. "violations" counts random inputs on which a rule exceeds its proved constant.
 """
 
 from __future__ import annotations
@@ -117,10 +117,22 @@ def peak() -> int:
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
-def memory(name: str, d: int) -> float:
-    """Return the growth of the peak during one call, in units of the input, measured in a fresh process."""
-    command = [sys.executable, __file__, "--d", str(d), "--memory", name]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0])
+def memory(d: int) -> dict[str, float]:
+    """Return the growth of the peak during one call of each rule, in units of the input, in a fresh process."""
+    command = [sys.executable, __file__, "--d", str(d), "--memory"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def print_memory(d: int) -> None:
+    x, found = data(d), {}
+    for name, call in ours().items():
+        call(x[:, :4096].contiguous())  # libraries load before the count begins
+        peak()
+        before = peak()
+        result = call(x)
+        found[name] = (peak() - before) / x.nbytes
+        del result
+    print(json.dumps(found))
 
 
 def measure(d: int, rounds: int, with_peer: bool) -> dict[str, Any]:
@@ -128,6 +140,7 @@ def measure(d: int, rounds: int, with_peer: bool) -> dict[str, Any]:
     mine, peer = ours(), theirs() if with_peer else {}
     floors: dict[str, Call] = {"gram": lambda v: v @ v.T, "pass": lambda v: v.mean(0)}
     found: dict[str, Any] = {}
+    used = memory(d)
     for name, call in mine.items():
         other = peer.get(name)
         slow = name.startswith("SMEA")
@@ -154,7 +167,7 @@ def measure(d: int, rounds: int, with_peer: bool) -> dict[str, Any]:
             exact = call(x.double())
             entry["off_float64"] = {"ours": gap(result, exact), "peer": gap(reference, exact)}
         entry["over_gram_and_pass"] = round(medians["ours"] / (medians["gram"] + medians["pass"]), 3)
-        entry["memory"] = round(memory(name, d), 2)
+        entry["memory"] = round(used[name], 3)
         found[name] = entry
         print(name, entry, flush=True)
     return found
@@ -185,17 +198,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--geometries", type=int, default=1000, help="random inputs for the proved constants")
     parser.add_argument("--without-peer", action="store_true")
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help="print the memory of each rule, and stop")
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.memory:
-        x = data(options.d)
-        ours()[options.memory](x[:, :4096].contiguous())  # libraries load before the count begins
-        peak()
-        before = peak()
-        result = ours()[options.memory](x)
-        print((peak() - before) / x.nbytes, len(result) > 0 and "")
+        print_memory(options.d)
         return
     found = {
         "about": __doc__.splitlines()[0],

@@ -31,6 +31,7 @@ import itertools
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from optim_robust.byzantine.vectors import check_faulty, check_vectors
@@ -118,15 +119,15 @@ def measured_kappa(x: Tensor, result: Tensor, f: int) -> float:
     if math.comb(n, f) > 100_000:
         raise ValueError(f"C({n}, {f}) = {math.comb(n, f)} subsets are too many; 100,000 at most")
     rows, point = x.double(), result.double()
-    worst = 0.0
-    for subset in itertools.combinations(range(n), n - f):
-        chosen = rows[list(subset)]
-        centre = chosen.mean(0)
-        error = float((point - centre).square().sum())
-        spread = float((chosen - centre).square().sum(1).mean())
-        scale = float(chosen.square().sum(1).max())
-        if error > 1e-12 * scale:  # what rounding leaves is no violation
-            worst = max(worst, error / spread if spread > 0 else math.inf)
+    worst, subsets = 0.0, itertools.combinations(range(n), n - f)
+    while block := list(itertools.islice(subsets, 4096)):
+        chosen = rows[torch.tensor(block, device=x.device)]
+        centre = chosen.mean(1)
+        error = (point - centre).square().sum(1)
+        spread = (chosen - centre[:, None]).square().sum(2).mean(1)
+        real = error > 1e-12 * chosen.square().sum(2).amax(1)  # what rounding leaves is no violation
+        ratio = torch.where(real, error / spread, torch.zeros_like(error))
+        worst = max(worst, float(ratio.max()))
     return worst
 
 
