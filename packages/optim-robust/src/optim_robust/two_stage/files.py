@@ -68,6 +68,8 @@ def _from_python(path: Path, function: str) -> TwoStageProblem:
     sys.path.insert(0, here)
     try:
         spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError, AttributeError, LookupError) as error:
+        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(here)
     build = getattr(module, function, None)

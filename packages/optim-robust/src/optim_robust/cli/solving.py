@@ -1,0 +1,83 @@
+"""What ``robust optim solve`` and ``compare`` do once their words are read."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from optim_robust.cli.words import split_method
+from optim_robust.two_stage.branch_and_price import BranchAndPrice
+from optim_robust.two_stage.ccg import ExactCCG, ScenarioEnumeration
+from optim_robust.two_stage.comparison import Comparison, Method, compare
+from optim_robust.two_stage.files import load_problem
+from optim_robust.two_stage.k_adaptability import KAdaptability
+from optim_robust.two_stage.problem import TwoStageProblem
+from optim_robust.two_stage.pyros import PyROS
+from optim_robust.two_stage.solution import Step, relative_gap
+from optim_robust.two_stage.static import Nominal, StaticRobust
+from robust_core.cli import console
+
+__all__ = ["make_method", "run"]
+
+
+def make_method(words: str, problem: TwoStageProblem, *, tol: float, net: Path | None, seed: int) -> Method:
+    """Return the solver that ``words`` name; Neur2RO trains a network first where ``net`` holds none."""
+    name, value = split_method(words)
+    if name == "neur2ro":
+        return _neur2ro(problem, net, seed)
+    return {
+        "ccg": lambda: ExactCCG(tol),
+        "enumeration": lambda: ScenarioEnumeration(tol=tol),
+        "branch-and-price": lambda: BranchAndPrice(tol),
+        "k-adaptability": lambda: KAdaptability(2 if value is None else value, tol),
+        "static": lambda: StaticRobust(tol),
+        "nominal": lambda: Nominal(tol),
+        "pyros": lambda: PyROS(1 if value is None else value, tol),
+    }[name]()
+
+
+def _neur2ro(problem: TwoStageProblem, net: Path | None, seed: int) -> Method:
+    """Load the network in ``net``, or train a small one for the problem's family and size (about a minute)."""
+    from optim_robust.neur2ro.families import family_of
+    from optim_robust.neur2ro.loop import Neur2RO
+    from optim_robust.neur2ro.model import ValueModel
+    from optim_robust.neur2ro.train import fit_value_network
+
+    if net is not None and net.is_dir() and any(net.iterdir()):
+        return Neur2RO(ValueModel.load(net), root_bound=True, generator=seed)
+    console.info("neur2ro: no network is given (--net); a small one is trained for this family and size first")
+    model, errors = fit_value_network(
+        family_of(problem), n_instances=200, n_first_stage=8, n_scenarios=10, sizes=(problem.x.size,), epochs=40,
+        label_scaling="per_instance", embed=(32, 8), post=(32, 4), value=(8,), generator=seed,
+    )  # fmt: skip
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in errors.items())
+    console.info(f"neur2ro: trained ({shown})")
+    if net is not None:
+        model.save(net)
+    return Neur2RO(model, root_bound=True, generator=seed)
+
+
+def run(
+    problems: list[str], methods: list[str], *, time_limit: float, tol: float, net: Path | None, seed: int, command: str
+) -> Comparison:
+    """Load, solve and measure; bounds and incumbents are told on stderr as they come."""
+    clock = time.perf_counter()
+    loaded = [load_problem(words) for words in problems]
+    entries, last = [], [0.0]
+
+    def tell(name: str, method: str, step: Step) -> None:
+        now = time.perf_counter()
+        if now - last[0] < 0.2:
+            return
+        last[0] = now
+        sense = next(p.sense for p in loaded if p.name == name)
+        gap = relative_gap(step.worst_case, step.lower_bound)
+        held, bound = sense * step.worst_case, sense * step.lower_bound
+        console.info(
+            f"{step.seconds:8.1f} s  {name}  {method}: held {held:.6g}, bound {bound:.6g}, gap {100 * gap:.2f} %"
+        )
+
+    for problem in loaded:
+        made = {words: make_method(words, problem, tol=tol, net=net, seed=seed) for words in methods}
+        entries += compare([problem], made, time_limit=time_limit, on_step=tell)
+    return Comparison(entries, command, time.perf_counter() - clock, time_limit, seed)
