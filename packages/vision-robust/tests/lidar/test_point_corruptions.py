@@ -163,13 +163,16 @@ def test_bernstein_lattice_reproduces_affine_maps_and_radial_warps_interpolate()
 
     t = torch.linspace(0, 1, 7, dtype=torch.float64)
     weights = S._bernstein(t)
-    assert torch.allclose(weights.sum(-1), torch.ones(7, dtype=torch.float64))
-    assert torch.allclose(weights @ (torch.arange(5, dtype=torch.float64) / 4), t)
+    assert torch.allclose(weights.sum(0), torch.ones(7, dtype=torch.float64))
+    assert torch.allclose((torch.arange(5, dtype=torch.float64) / 4) @ weights, t)
+    expected = torch.tensor([[math.comb(4, i) * v**i * (1 - v) ** (4 - i) for v in t.tolist()] for i in range(5)])
+    assert torch.allclose(weights.float(), expected)
     for inverse in (False, True):
         points, solve = S._radial_system(inverse, torch.device("cpu"))
         wanted = torch.from_numpy(np.random.default_rng(0).normal(size=(125, 3))).float() * 0.1
         c = solve @ wanted
-        kernel = S._radial(torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").square(), inverse)
+        squared = (points[:, None] - points[None]).square().sum(-1) + 0.25
+        kernel = squared.rsqrt() if inverse else squared.sqrt()
         assert torch.allclose(kernel @ c[:125] + c[125] + points @ c[126:], wanted, atol=1e-4)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -23,8 +24,10 @@ __all__ = [
     "append",
     "nearest",
     "pick",
+    "positions",
     "ranks",
     "rotation",
+    "signs",
     "some",
     "unit_box",
     "unit_sphere",
@@ -55,13 +58,25 @@ class Cloud:
         b, n = self.mask.shape
         return torch.full((b,), n, device=self.mask.device) if self.whole else self.mask.sum(1)
 
+    @cached_property
+    def planes(self) -> Tensor:
+        """(B, 3, N) the coordinates, each in a row: sums and extremes over points are ten times as fast there."""
+        return self.xyz.transpose(1, 2).contiguous()
+
     def moved(self, xyz: Tensor) -> Cloud:
         """Return the clouds with their points elsewhere."""
         return replace(self, xyz=xyz)
 
+    def in_planes(self, planes: Tensor) -> Cloud:
+        """Return the clouds with their points at ``planes`` (B, 3, N)."""
+        return replace(self, xyz=planes.transpose(1, 2))
+
     def without(self, gone: Tensor) -> Cloud:
         """Return the clouds without some of their points (B, N)."""
-        return replace(self, mask=~gone if self.whole else self.mask & ~gone, whole=False)
+        left = replace(self, mask=~gone if self.whole else self.mask & ~gone, whole=False)
+        if "planes" in self.__dict__:
+            left.__dict__["planes"] = self.__dict__["planes"]
+        return left
 
 
 class Draws:
@@ -82,6 +97,14 @@ class Draws:
 Rule = Callable[[Cloud, int, Draws], Cloud]
 
 
+def _threshold(keys: np.ndarray, k: np.ndarray) -> Tensor:
+    """Return (B, 1) the ``k``-th smallest of each row; numpy sorts rows forty times as fast as torch."""
+    at = np.maximum(k - 1, 0)
+    if len(at) and (at == at[0]).all():
+        return torch.from_numpy(np.partition(keys, at[0], axis=1)[:, at[0] : at[0] + 1])
+    return torch.from_numpy(np.take_along_axis(np.sort(keys, axis=1), at[:, None], 1))
+
+
 def _smallest(keys: Tensor, k: Tensor) -> Tensor:
     """Return (B, N) bool, True at the ``k`` (B,) smallest of each row of float or integer keys; of equals, the first.
 
@@ -90,9 +113,8 @@ def _smallest(keys: Tensor, k: Tensor) -> Tensor:
     """
     if keys.shape[1] == 0:
         return torch.zeros_like(keys, dtype=torch.bool)
-    top = int(k[0])
-    if keys.device.type == "cpu" and top > 0 and bool((k == top).all()):
-        threshold = torch.from_numpy(np.partition(keys.numpy(), top - 1, axis=1)[:, top - 1 : top])
+    if keys.device.type == "cpu":
+        threshold = _threshold(keys.numpy(), k.numpy())
     else:
         threshold = keys.sort(1).values.gather(1, (k - 1).clamp_min(0)[:, None])
     chosen = (keys <= threshold) & (k > 0)[:, None]
@@ -128,11 +150,21 @@ def pick(cloud: Cloud, u: Tensor) -> Tensor:
 
 def nearest(cloud: Cloud, centre: Tensor, k: Tensor) -> Tensor:
     """Return (B, N) bool, the ``k`` (B,) points of each cloud that are nearest to ``centre`` (B, 3)."""
-    distance = (cloud.xyz - centre[:, None]).square_().sum(-1)
+    distance = (cloud.planes - centre[:, :, None]).square_().sum(1)
     if not cloud.whole:
         distance = distance.masked_fill(~cloud.mask, torch.inf)
     chosen = _smallest(distance, k.clamp(max=cloud.counts))
     return chosen if cloud.whole else chosen & cloud.mask
+
+
+def positions(chosen: Tensor, most: int) -> Tensor:
+    """Return (B, most) positions of the chosen points (B, N) of each cloud in their order, filled up with 0."""
+    rows, columns = chosen.nonzero(as_tuple=True)
+    counts = chosen.sum(1)
+    rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    out = rows.new_zeros(len(chosen), most)
+    out[rows, rank] = columns
+    return out
 
 
 def ranks(group: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,42 +218,45 @@ def rotation(angles: Tensor) -> Tensor:
 
 def transformed(cloud: Cloud, matrix: Tensor) -> Cloud:
     """Return the clouds with rows ``p M`` for matrices (B, 3, 3); written out, so that no batch size changes a bit."""
-    m = matrix.to(cloud.xyz.dtype)[:, :, None]  # (B, 3, 1, 3)
-    x, y, z = (cloud.xyz[..., i : i + 1] for i in range(3))
-    return cloud.moved((x * m[:, 0]).addcmul_(y, m[:, 1]).addcmul_(z, m[:, 2]))
-
-
-def _rows(cloud: Cloud, kind: str, xyz: Tensor) -> Tensor:
-    """Return (B, 1, 3) least, greatest or mean coordinates of the points that are there."""
-    if kind == "mean":
-        if cloud.whole:
-            return xyz.mean(1, keepdim=True)
-        total = torch.where(cloud.mask[..., None], xyz, 0).sum(1, keepdim=True)
-        return total / cloud.counts.clamp_min(1)[:, None, None]
-    sign = 1.0 if kind == "max" else -1.0
-    if not cloud.whole:
-        xyz = torch.where(cloud.mask[..., None], xyz, -sign * torch.inf)
-    return xyz.amax(1, keepdim=True) if kind == "max" else xyz.amin(1, keepdim=True)
+    m = matrix.to(cloud.xyz.dtype)[..., None]  # (B, 3, 3, 1)
+    x, y, z = (cloud.planes[:, i : i + 1] for i in range(3))
+    return cloud.in_planes((x * m[:, 0]).addcmul_(y, m[:, 1]).addcmul_(z, m[:, 2]))
 
 
 def unit_sphere(cloud: Cloud) -> Cloud:
     """Return the clouds moved to their centroid and scaled to a greatest distance of 1 from it."""
     if cloud.mask.shape[1] == 0:
         return cloud
-    xyz = cloud.xyz - _rows(cloud, "mean", cloud.xyz)
-    far = xyz.square().sum(-1)
+    planes, there = cloud.planes, cloud.mask[:, None]
+    if cloud.whole:
+        planes = planes - planes.mean(-1, keepdim=True)
+    else:
+        total = torch.where(there, planes, 0).sum(-1, keepdim=True)
+        planes = planes - total / cloud.counts.clamp_min(1)[:, None, None]
+    far = planes.square().sum(1, keepdim=True)
     if not cloud.whole:
-        far = far.masked_fill(~cloud.mask, 0)
-    return cloud.moved(xyz / far.amax(1)[:, None, None].sqrt().clamp_min(1e-12))
+        far = far.masked_fill(~there, 0)
+    return cloud.in_planes(planes.div_(far.amax(-1, keepdim=True).sqrt_().clamp_min_(1e-12)))
 
 
 def unit_box(cloud: Cloud) -> Cloud:
     """Return the clouds with their bounding box centred at 0 and its longest side scaled to 2."""
     if cloud.mask.shape[1] == 0:
         return cloud
-    low, high = _rows(cloud, "min", cloud.xyz), _rows(cloud, "max", cloud.xyz)
-    if not cloud.whole:
+    planes, there = cloud.planes, cloud.mask[:, None]
+    if cloud.whole:
+        low, high = planes.amin(-1, keepdim=True), planes.amax(-1, keepdim=True)
+    else:
+        low = planes.masked_fill(~there, torch.inf).amin(-1, keepdim=True)
+        high = planes.masked_fill(~there, -torch.inf).amax(-1, keepdim=True)
         empty = (cloud.counts == 0)[:, None, None]
         low, high = low.masked_fill(empty, -1), high.masked_fill(empty, 1)
-    side = (high - low).amax(-1, keepdim=True).clamp_min(1e-12)
-    return cloud.moved((cloud.xyz - (low + high) / 2) * (2 / side))
+    side = (high - low).amax(1, keepdim=True).clamp_min_(1e-12)
+    return cloud.in_planes((planes - (low + high) / 2).mul_(2 / side))
+
+
+def signs(cloud: Cloud, streams: SampleStreams) -> Tensor:
+    """Return (B, 3, N) draws from {-1, +1}."""
+    words = streams.words32((cloud.mask.shape[1],))
+    bits = torch.stack([(words >> i) & 1 for i in (8, 16, 24)], 1)
+    return bits.to(cloud.xyz.dtype).mul_(2).sub_(1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vision_robust.lidar.boxes import points_in_boxes
-from vision_robust.lidar.corruptions.cloud import Cloud, Draws, Rule, nearest, pick, ranks, some
+from vision_robust.lidar.corruptions.cloud import Cloud, Draws, Rule, nearest, pick, ranks, signs, some
 
 __all__ = ["KITTI_C", "OBJECT"]
 
@@ -39,14 +39,10 @@ def uniform(cloud: Cloud, level: int, draws: Draws) -> Cloud:
     return cloud.moved(cloud.xyz + draws("uniform").coarse_uniform(cloud.xyz.shape[1:]).mul_(2 * c).sub_(c))
 
 
-def _signs(cloud: Cloud, draws: Draws) -> Tensor:
-    return draws("signs").coarse_uniform(cloud.xyz.shape[1:]).sub_(0.5).sign_()
-
-
 def impulse(cloud: Cloud, level: int, draws: Draws) -> Cloud:
     """Move N/30 .. N/10 points by 0.1 m up or down in every coordinate."""
     chosen = some(cloud, cloud.counts // _IMPULSE[level], draws("which"))
-    return cloud.moved(cloud.xyz + _signs(cloud, draws) * (chosen[..., None] * 0.1))
+    return cloud.in_planes(signs(cloud, draws("signs")).mul_(chosen[:, None]).mul_(0.1).add_(cloud.planes))
 
 
 def density(cloud: Cloud, level: int, draws: Draws) -> Cloud:
@@ -143,7 +139,7 @@ def local_impulse(cloud: Cloud, level: int, draws: Draws) -> Cloud:
     owner, inside = _inside(cloud)
     rank, size = _drawn(cloud, draws, owner)
     chosen = inside & (rank < size // _IMPULSE[level])
-    return cloud.moved(cloud.xyz + _signs(cloud, draws) * (chosen[..., None] * 0.1))
+    return cloud.in_planes(signs(cloud, draws("signs")).mul_(chosen[:, None]).mul_(0.1).add_(cloud.planes))
 
 
 def local_density(cloud: Cloud, level: int, draws: Draws) -> Cloud:

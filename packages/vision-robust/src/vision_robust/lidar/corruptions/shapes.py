@@ -79,17 +79,17 @@ def drop_local(cloud: Cloud, level: int, draws: Draws) -> Cloud:
     sizes.scatter_add_(1, owner, real.to(torch.int64))
     centres = draws("centres").uniform((_MOST_CLUSTERS,))
     order = clusters.argsort(descending=True, stable=True)  # in each round, the samples with a cluster left come first
-    work = Cloud(cloud.xyz[order], cloud.rest[order], cloud.mask[order].clone(), cloud.whole, cloud.boxes[order])
-    mask, sizes, centres = work.mask, sizes[order], centres[order]
-    for i in range(_MOST_CLUSTERS):
+    planes, mask, rest = cloud.planes[order], cloud.mask[order], cloud.rest[order]
+    sizes, centres = sizes[order], centres[order]
+    for i in range(_MOST_CLUSTERS if cloud.xyz.shape[1] else 0):
         rows = int((clusters > i).sum())
         if rows == 0:
             break
-        part = Cloud(work.xyz[:rows], work.rest[:rows], mask[:rows], cloud.whole and i == 0, work.boxes[:rows])
+        whole = cloud.whole and i == 0
+        part = Cloud(planes[:rows].transpose(1, 2), rest[:rows], mask[:rows], whole, cloud.boxes[:rows])
         at = pick(part, centres[:rows, i : i + 1])
-        if part.xyz.shape[1]:
-            centre = part.xyz.gather(1, at[..., None].expand(-1, -1, 3))[:, 0]
-            mask[:rows] &= ~nearest(part, centre, sizes[:rows, i])
+        centre = planes[:rows].gather(2, at[:, None].expand(-1, 3, -1))[..., 0]
+        mask[:rows] &= ~nearest(part, centre, sizes[:rows, i])
     left = torch.empty_like(mask)
     left[order] = mask
     return replace(cloud, mask=left, whole=False)

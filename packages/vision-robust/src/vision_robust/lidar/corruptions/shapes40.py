@@ -28,7 +28,9 @@ from vision_robust.lidar.corruptions.cloud import (
     append,
     nearest,
     pick,
+    positions,
     rotation,
+    signs,
     some,
     transformed,
     unit_box,
@@ -40,6 +42,8 @@ _SOME = (30, 25, 20, 15, 10)
 _REGIONS = (2, 3, 5, 7, 10)
 _GRID = 5
 _RADIUS = 0.5
+_AT_ONCE = 8
+"""Clouds whose 125 weights a point are held at once: what fits the caches."""
 _CELL = math.radians(4)
 _DEPTH = 0.15
 
@@ -68,8 +72,8 @@ def background(cloud: Cloud, level: int, draws: Draws) -> Cloud:
 def impulse(cloud: Cloud, level: int, draws: Draws) -> Cloud:
     """Move N/30 .. N/10 points by 0.1 up or down in every coordinate."""
     chosen = some(cloud, cloud.counts // _SOME[level], draws("which"))
-    signs = draws("signs").coarse_uniform(cloud.xyz.shape[1:]).sub_(0.5).sign_()
-    return unit_box(cloud.moved(cloud.xyz + signs * chosen[..., None] * 0.1))
+    step = signs(cloud, draws("signs")).mul_(chosen[:, None]).mul_(0.1)
+    return unit_box(cloud.in_planes(step.add_(cloud.planes)))
 
 
 def upsampling(cloud: Cloud, level: int, draws: Draws) -> Cloud:
@@ -77,7 +81,7 @@ def upsampling(cloud: Cloud, level: int, draws: Draws) -> Cloud:
     n = cloud.counts // (5, 4, 3, 2, 1)[level]
     chosen = some(cloud, n, draws("which"))
     most = int(n.max()) if n.numel() else 0
-    at = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    at = positions(chosen, most)
     noise = draws("upsampling").coarse_uniform((most, 3)).mul_(0.1).sub_(0.05)
     added = cloud.xyz.gather(1, at[..., None].expand(-1, -1, 3)) + noise
     rest = cloud.rest.gather(1, at[..., None].expand(-1, -1, cloud.rest.shape[2]))
@@ -107,21 +111,23 @@ def shear(cloud: Cloud, level: int, draws: Draws) -> Cloud:
 
 
 def _bernstein(t: Tensor) -> Tensor:
-    """Return (..., 5) Bernstein polynomials of degree 4 at ``t`` in [0, 1]."""
-    n = _GRID - 1
-    return torch.stack([math.comb(n, i) * t**i * (1 - t) ** (n - i) for i in range(_GRID)], -1)
+    """Return (..., 5, N) Bernstein polynomials of degree 4 at ``t`` (..., N) in [0, 1]."""
+    s = 1 - t
+    return torch.stack([s**4, 4 * t * s**3, 6 * t**2 * s**2, 4 * t**3 * s, t**4], -2)
 
 
 def ffd(cloud: Cloud, level: int, draws: Draws) -> Cloud:
     """Move a lattice of 5 x 5 x 5 points by U(-c, c) of its length, c = 0.1 .. 0.5, and the points in it along."""
     c, n = 0.1 * (level + 1), _GRID
-    lattice = (draws("lattice").uniform((n * n * n, 3)) * (2 * c) - c).to(cloud.xyz.dtype)
-    inside = (cloud.xyz.abs() <= 1).all(-1, keepdim=True)
-    weights = _bernstein(((cloud.xyz + 1) / 2).clamp(0, 1))  # (B, N, 3, 5)
-    planes = weights[:, :, 2] @ lattice.reshape(-1, n * n, n, 3).transpose(1, 2).reshape(-1, n, n * n * 3)
-    lines = (weights[:, :, 1, None, :, None] * planes.unflatten(2, (n, n, 3))).sum(3)
-    shift = 2 * (weights[:, :, 0, :, None] * lines).sum(2)
-    return unit_box(cloud.moved(cloud.xyz + shift * inside))
+    lattice = (draws("lattice").uniform((n * n * n, 3)) * (2 * c) - c).to(cloud.xyz.dtype).transpose(1, 2)
+    out = torch.empty_like(cloud.planes)
+    for rows in torch.arange(len(out)).split(_AT_ONCE):
+        planes = cloud.planes[rows]
+        x, y, z = _bernstein(((planes + 1) / 2).clamp_(0, 1)).unbind(1)  # each (B, 5, N)
+        weights = (x[:, :, None, None] * y[:, None, :, None] * z[:, None, None]).flatten(1, 3)
+        inside = (planes.abs() <= 1).all(1, keepdim=True)
+        out[rows] = torch.where(inside, planes + 2 * (lattice[rows] @ weights), planes)
+    return unit_box(cloud.in_planes(out))
 
 
 @cache
@@ -129,7 +135,8 @@ def _radial_system(inverse: bool, device: torch.device) -> tuple[Tensor, Tensor]
     """Return (125, 3) control points and (129, 125) what turns their displacements into coefficients."""
     line = torch.linspace(-1, 1, _GRID, dtype=torch.float64)
     points = torch.cartesian_prod(line, line, line)
-    kernel = _radial(torch.cdist(points, points).square(), inverse)
+    squared = (points[:, None] - points[None]).square().sum(-1) + _RADIUS**2
+    kernel = squared.rsqrt() if inverse else squared.sqrt()
     affine = torch.cat([torch.ones(len(points), 1, dtype=torch.float64), points], 1)
     zero = torch.zeros(4, 4, dtype=torch.float64)
     system = torch.cat([torch.cat([kernel, affine], 1), torch.cat([affine.T, zero], 1)])
@@ -137,25 +144,24 @@ def _radial_system(inverse: bool, device: torch.device) -> tuple[Tensor, Tensor]
     return points.to(device, torch.float32), solve.to(device, torch.float32)
 
 
-def _radial(squared: Tensor, inverse: bool) -> Tensor:
-    shifted = squared.add_(_RADIUS**2)
-    return shifted.rsqrt_() if inverse else shifted.sqrt_()
-
-
 def _warp(cloud: Cloud, level: int, draws: Draws, *, inverse: bool) -> Cloud:
     points, solve = _radial_system(inverse, cloud.xyz.device)
     alpha, gamma = ((draws("warp").uniform((2, len(points))) * 2 - 1) * math.pi).unbind(1)
     direction = torch.stack([alpha.cos() * gamma.sin(), alpha.sin() * gamma.sin(), gamma.cos()], -1)
-    coefficients = solve @ (direction * (0.025 * (level + 1)))  # (B, 129, 3)
-    xyz = cloud.xyz.to(torch.float32)
-    squared = torch.baddbmm(
-        xyz.square().sum(-1, keepdim=True) + points.square().sum(-1), xyz, points.T.expand(len(xyz), -1, -1), alpha=-2
-    ).clamp_min_(0)
-    n = len(points)
-    shift = (
-        _radial(squared, inverse) @ coefficients[:, :n] + coefficients[:, n : n + 1] + xyz @ coefficients[:, n + 1 :]
-    )
-    return unit_box(cloud.moved(cloud.xyz + shift.to(cloud.xyz.dtype)))
+    coefficients = (solve @ (direction * (0.025 * (level + 1)))).transpose(1, 2)  # (B, 3, 129)
+    ones = torch.ones_like(points[:, :1])
+    # |c|^2 + R^2 - 2 c p + |p|^2 is one product of matrices with p, |p|^2 and 1
+    quadratic = torch.cat([-2 * points, ones, points.square().sum(1, keepdim=True) + _RADIUS**2], 1)
+    out, n = torch.empty_like(cloud.planes), len(points)
+    for rows in torch.arange(len(out)).split(_AT_ONCE):
+        planes = cloud.planes[rows].to(torch.float32)
+        one = torch.ones_like(planes[:, :1])
+        squared = quadratic @ torch.cat([planes, planes.square().sum(1, keepdim=True), one], 1)
+        kernel = squared.clamp_min_(_RADIUS**2)
+        kernel = kernel.rsqrt_() if inverse else kernel.sqrt_()
+        shift = coefficients[rows, :, :n] @ kernel + coefficients[rows, :, n:] @ torch.cat([one, planes], 1)
+        out[rows] = cloud.planes[rows] + shift.to(out.dtype)
+    return unit_box(cloud.in_planes(out))
 
 
 def rbf(cloud: Cloud, level: int, draws: Draws) -> Cloud:

@@ -1,0 +1,309 @@
+"""Point clouds: corruptions beside plain numpy loops, sweeps a second, overlap of rotated boxes, in one run.
+
+The references are what one writes from the papers' rules with numpy, cloud by cloud, as the public code does; those of
+free-form and radial deformations are the loops of the libraries that it calls. ``occlusion`` and ``lidar`` have none,
+because there they need a mesh and a display. Corruptions: one thread on both sides, 1,024 float32 points a cloud,
+severity 3. Boxes: the reference clips polygons in Python. Runs alternate; the figures are medians.
+
+    python benchmarks/lidar.py --out benchmarks/results/lidar.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from scipy.spatial.distance import cdist
+from scipy.special import comb
+
+from vision_robust.lidar.boxes import bev_corners, iou
+from vision_robust.lidar.corruptions import corrupt_batch
+
+RNG = np.random.RandomState(0)  # the generator that the public code uses
+Array = np.ndarray
+LEVEL = 2
+
+
+def sphere(p: Array) -> Array:
+    p = p - p.mean(0)
+    return p / np.sqrt((p**2).sum(1)).max()
+
+
+def cube(p: Array) -> Array:
+    p = p - (p.max(0) + p.min(0)) / 2
+    return p * (2 / (p.max(0) - p.min(0)).max())
+
+
+def shuffled(p: Array) -> Array:
+    return np.take_along_axis(p, RNG.rand(len(p), 1).argsort(0), 0)
+
+
+def cluster_sizes(total: int) -> list[int]:
+    n = RNG.randint(1, 8)
+    owner = RNG.randint(n, size=total)
+    return [int(sum(owner == i)) for i in range(n)]
+
+
+def euler(angles: Array) -> tuple[Array, Array, Array]:
+    (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
+    return (
+        np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]]),
+        np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]]),
+        np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]]),
+    )
+
+
+def c_scale(p: Array) -> Array:
+    return sphere((p * RNG.uniform(1 / 1.8, 1.8, 3)).astype("float32"))
+
+
+def c_jitter(p: Array) -> Array:
+    return p + 0.03 * RNG.randn(*p.shape)
+
+
+def c_rotate(p: Array) -> Array:
+    x, y, z = euler(RNG.uniform(-math.pi / 10, math.pi / 10, 3))
+    return p @ (z @ (y @ x))
+
+
+def c_drop_global(p: Array) -> Array:
+    return shuffled(p)[: len(p) // 2]
+
+
+def c_drop_local(p: Array) -> Array:
+    left = len(p)
+    for k in cluster_sizes(300):
+        p = shuffled(p)
+        order = ((p - p[:1]) ** 2).sum(1, keepdims=True).argsort(0)[::-1]
+        left -= k
+        p = np.take_along_axis(p, order, 0)[:left]
+    return p
+
+
+def c_add_global(p: Array) -> Array:
+    r, height, turn = RNG.uniform(size=(30, 1)) ** (1 / 3), RNG.uniform(-1, 1, (30, 1)), RNG.uniform(0, 7, (30, 1))
+    theta = np.arccos(height)
+    new = [r * np.sin(theta) * np.cos(turn), r * np.sin(theta) * np.sin(turn), r * np.cos(theta)]
+    return np.concatenate([p, np.concatenate(new, 1)])
+
+
+def c_add_local(p: Array) -> Array:
+    p, added = shuffled(p), []
+    for i, k in enumerate(cluster_sizes(300)):
+        added.append(p[i] + RNG.uniform(0.075, 0.125) * RNG.randn(k, 3))
+    new = np.concatenate(added)
+    far = (new**2).sum(1, keepdims=True).repeat(3, 1)
+    new[far > 1] = new[far > 1] / far[far > 1]
+    return np.concatenate([p, new])
+
+
+def u_uniform(p: Array) -> Array:
+    return cube((p + RNG.uniform(-0.03, 0.03, p.shape)).astype("float32"))
+
+
+def u_gaussian(p: Array) -> Array:
+    return np.clip((p + RNG.normal(size=p.shape) * 0.02).astype("float32"), -1, 1)
+
+
+def u_background(p: Array) -> Array:
+    return cube(np.concatenate([p, RNG.uniform(-1, 1, (len(p) // 35, 3))]).astype("float32"))
+
+
+def u_impulse(p: Array) -> Array:
+    p, k = p.copy(), len(p) // 20
+    p[RNG.choice(len(p), k, replace=False)] += RNG.choice([-1, 1], size=(k, 3)) * 0.1
+    return cube(p)
+
+
+def u_upsampling(p: Array) -> Array:
+    k = len(p) // 3
+    added = p[RNG.choice(len(p), k, replace=False)] + RNG.uniform(-0.05, 0.05, (k, 3))
+    return cube(np.concatenate([p, added]).astype("float32"))
+
+
+def u_rotation(p: Array) -> Array:
+    angles = np.array([RNG.uniform(5, 10) * RNG.choice([-1, 1]) * np.pi / 180 for _ in range(3)])
+    for matrix in euler(angles):
+        p = np.matmul(p, matrix)
+    return cube(p.astype("float32"))
+
+
+def u_shear(p: Array) -> Array:
+    b, d, e, f = (RNG.uniform(0.1, 0.2) * RNG.choice([-1, 1]) for _ in range(4))
+    return cube(np.matmul(p, np.array([[1, 0, b], [d, 1, e], [f, 0, 1]])).astype("float32"))
+
+
+def u_ffd(p: Array) -> Array:
+    move = RNG.rand(3, 5, 5, 5) * 0.6 - 0.3
+    s = (p + 1) / 2
+    basis = np.array([[comb(4, i) * s[:, a] ** i * (1 - s[:, a]) ** (4 - i) for i in range(5)] for a in range(3)])
+    shift = np.zeros_like(p)
+    for i in range(5):
+        for j in range(5):
+            for k in range(5):
+                weight = basis[0, i] * basis[1, j] * basis[2, k]
+                for a in range(3):
+                    shift[:, a] += weight * move[a, i, j, k]
+    return cube(p + 2 * shift)
+
+
+def radial(p: Array, kernel: Callable[[Array], Array]) -> Array:
+    line = np.linspace(-1, 1, 5)
+    grid = np.stack(np.meshgrid(line, line, line), -1).reshape(-1, 3)
+    a, g = RNG.uniform(-np.pi, np.pi, 125), RNG.uniform(-np.pi, np.pi, 125)
+    moved = grid + 0.075 * np.stack([np.cos(a) * np.sin(g), np.sin(a) * np.sin(g), np.cos(g)], 1)
+    system = np.zeros((129, 129))
+    system[:125, :125] = kernel(cdist(grid, grid))
+    system[:125, 125], system[125, :125] = 1, 1
+    system[:125, 126:], system[126:, :125] = grid, grid.T
+    weights = np.linalg.solve(system, np.concatenate([moved, np.zeros((4, 3))]))
+    return cube(np.hstack([kernel(cdist(p, grid)), np.ones((len(p), 1)), p]) @ weights).astype("float32")
+
+
+def u_rbf(p: Array) -> Array:
+    return radial(p, lambda r: np.sqrt(r * r + 0.25))
+
+
+def u_rbf_inv(p: Array) -> Array:
+    return radial(p, lambda r: 1 / np.sqrt(r * r + 0.25))
+
+
+def region(p: Array, k: int) -> Array:
+    distance = ((p - p[RNG.choice(len(p), 1)]) ** 2).sum(1, keepdims=True)
+    return np.argpartition(distance, k, axis=0)[:k].squeeze()
+
+
+def u_cutout(p: Array) -> Array:
+    for _ in range(5):
+        p = np.delete(p, region(p, 30), axis=0)
+    return p
+
+
+def u_density_dec(p: Array) -> Array:
+    for _ in range(3):
+        p = np.delete(p, region(p, 100)[RNG.choice(100, 75, replace=False)], axis=0)
+    return p
+
+
+def u_density_inc(p: Array) -> Array:
+    kept = []
+    for _ in range(3):
+        at = region(p, 50)
+        kept.append(p[at])
+        p = np.delete(p, at, axis=0)
+    return np.concatenate([*kept, p[RNG.choice(len(p), 512 - 150)]])
+
+
+REFERENCES = {f"modelnet-c/{name[2:]}": f for name, f in globals().copy().items() if name.startswith("c_")}
+REFERENCES |= {f"modelnet40-c/{name[2:]}": f for name, f in globals().copy().items() if name.startswith("u_")}
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def corruption(name: str, repeats: int, n_ours: int = 1000, n_theirs: int = 100) -> dict[str, float]:
+    x = RNG.normal(size=(n_ours, 1024, 3))
+    x = (x / np.sqrt((x**2).sum(2)).max(1)[:, None, None]).astype("float32")
+    tensor, few = torch.from_numpy(x), x[:n_theirs]
+    corrupt_batch(tensor[:40], name, LEVEL + 1)
+    ours, theirs = [], []
+    for _ in range(repeats):
+        ours.append(seconds(lambda: corrupt_batch(tensor, name, LEVEL + 1)) / n_ours)
+        theirs.append(seconds(lambda: np.array([len(REFERENCES[name](p)) for p in few])) / n_theirs)
+    return {
+        "ours_ms_for_1000": round(1e6 * median(ours), 2),
+        "reference_ms_for_1000": round(1e6 * median(theirs), 2),
+        "ratio": round(median(t / o for t, o in zip(theirs, ours, strict=True)), 2),
+    }
+
+
+def clipped(a: Array, b: Array) -> float:
+    polygon = [tuple(p) for p in a]
+    for (x0, y0), (x1, y1) in zip(b, np.roll(b, -1, 0), strict=True):
+        sides = [(x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) for x, y in polygon]
+        kept = []
+        for (p, s), (q, t) in zip(
+            zip(polygon, sides, strict=True), zip(polygon[1:] + polygon[:1], sides[1:] + sides[:1], strict=True),
+            strict=True,
+        ):  # fmt: skip
+            if s >= 0:
+                kept.append(p)
+            if (s >= 0) != (t >= 0):
+                kept.append((p[0] + s / (s - t) * (q[0] - p[0]), p[1] + s / (s - t) * (q[1] - p[1])))
+        polygon = kept
+        if not polygon:
+            return 0.0
+    x, y = np.array(polygon).T
+    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+
+
+def boxes(repeats: int) -> dict[str, float]:
+    rng = np.random.default_rng(0)
+    size = np.tile([3.9, 1.6, 1.56], (1000, 1))
+    spread = torch.from_numpy(np.c_[rng.uniform(-70, 70, (1000, 2)), rng.normal(0, 0.1, 1000), size,
+                                    rng.uniform(-3, 3, 1000)]).float()  # fmt: skip
+    dense = spread.clone()
+    dense[:, :2] /= 50
+    few = bev_corners(spread[:60]).numpy()
+    ours = median(seconds(lambda: iou(spread, spread)) for _ in range(repeats))
+    crowded = median(seconds(lambda: iou(dense, dense)) for _ in range(3))
+    theirs = seconds(lambda: [clipped(a, b) for a in few for b in few]) * 1e6 / 3600
+    return {"scene_ms": round(1e3 * ours, 2), "all_overlapping_ms": round(1e3 * crowded, 1),
+            "python_clipping_ms": round(1e3 * theirs, 1), "ratio": round(theirs / ours, 1)}  # fmt: skip
+
+
+def sweeps(repeats: int) -> dict[str, float]:
+    from vision_robust.lidar.simulator import Drive, LidarSpec
+
+    spec = LidarSpec(n_beams=64, azimuth_step_deg=0.5)
+    drive = Drive(200, spec=spec, generator=0)
+    drive[0]
+    took = [seconds(lambda i=i: drive[i]) for i in range(8 * repeats)]
+    return {"sweeps_per_s_median": round(1 / median(took), 1), "sweeps_per_s_best": round(1 / min(took), 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default="", help="corruptions whose name holds this word")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    table = {}
+    for name in REFERENCES:
+        if arguments.only in name:
+            table[name] = corruption(name, arguments.repeats)
+            print(f"{name:28s}", *(f"{value:10.1f}" for value in table[name].values()))
+    slowest = min((row["ratio"], name) for name, row in table.items())
+    total = [sum(row[key] for row in table.values()) for key in ("reference_ms_for_1000", "ours_ms_for_1000")]
+    whole = round(total[0] / total[1], 1)
+    print("slowest ratio:", slowest, "all together:", whole)
+    overlap, simulator = boxes(arguments.repeats), sweeps(arguments.repeats)
+    print("boxes:", overlap, "simulator:", simulator)
+    document = {
+        "schema": "robust.benchmark/1",
+        "what": "1,000 clouds of 1,024 points, severity 3, one thread; ratio = reference seconds / our seconds, "
+        "medians of alternating runs; 1,000 x 1,000 rotated boxes; sweeps of 64 x 720 rays with labels and visibility",
+        "corruptions": table, "slowest": slowest, "all_together": whole, "boxes": overlap, "simulator": simulator,
+        "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "machine": platform.machine(),
+    }  # fmt: skip
+    if arguments.out:
+        arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
