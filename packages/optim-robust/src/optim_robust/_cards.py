@@ -23,4 +23,14 @@ CARDS: tuple[MethodCard, ...] = (
         example="optim_robust._examples:monna",
         claim="optim_robust.claims.monna",
     ),
+    MethodCard(
+        slug="neur2ro",
+        title="Neur2RO: two-stage robust decisions in seconds, with the inner problem learned and the answer certified",
+        paper="Dumouchelle, Julien, Kurtz and Khalil 2024, arXiv 2310.04345",
+        kind="solver",
+        task="two-stage robust optimisation with integer recourse",
+        target="optim_robust.neur2ro:Neur2RO",
+        example="optim_robust._examples:neur2ro",
+        claim="optim_robust.claims.neur2ro",
+    ),
 )

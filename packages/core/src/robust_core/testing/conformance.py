@@ -27,6 +27,12 @@ from robust_core.testing.aggregator_checks import (
     aggregator_withstands_the_faulty,
 )
 from robust_core.testing.case import Case
+from robust_core.testing.solver_checks import (
+    solver_answers_truthfully,
+    solver_knows_infeasible,
+    solver_refuses_bad_input,
+    solver_repeats,
+)
 from robust_core.testing.token_checks import (
     token_attack_makes_no_query_beyond_its_limit,
     token_attack_repeats_and_ignores_neighbours,
@@ -499,6 +505,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         aggregator_withstands_the_faulty,
         aggregator_refuses_bad_input,
     ),
+    "solver": (solver_answers_truthfully, solver_repeats, solver_knows_infeasible, solver_refuses_bad_input),
     "data": (data_repeats_and_ignores_order,),
     "measure": (measure_repeats,),
     "theory": (measure_repeats,),

@@ -18,6 +18,9 @@ from optim_robust.neur2ro.train import fit_value_network
 from optim_robust.relu import METHODS
 from optim_robust.solver import Deadline, Status
 from optim_robust.two_stage import Step, TwoStageProblem, TwoStageSolution, WorstCase
+from optim_robust.two_stage.branch_and_price import BranchAndPrice
+from optim_robust.two_stage.knapsack import RobustKnapsack
+from optim_robust.two_stage.tracking import scenario_bound
 from optim_robust.uncertainty import Discrete
 from robust_core.checks import check_choice, check_count, check_number
 from robust_core.random import Seed, resolve_seed
@@ -90,6 +93,8 @@ class Neur2RO:
         mip_gap: relative gap of both programs.
         max_scenarios: rounds of the loop.
         tol: relative difference of the two players' values at which the loop ends.
+        root_bound: at the end, raise the lower bound with what is left of the time: by the root of branch and price for
+            the knapsack, else by a relaxation over the scenarios found. No first stage is taken from there.
         generator: seed of the adversary's starting points.
 
     Raises:
@@ -99,7 +104,8 @@ class Neur2RO:
     def __init__(
         self, model: ValueModel, *, family: Family | None = None, mode: str = "argmax", adversary: str = "milp",
         bounds: str = "lp", verify: bool = True, incumbent: str = "best", time_limit: float = 10_800.0,
-        mip_gap: float = 1e-3, max_scenarios: int = 20, tol: float = 1e-4, generator: Seed = None,
+        mip_gap: float = 1e-3, max_scenarios: int = 20, tol: float = 1e-4, root_bound: bool = False,
+        generator: Seed = None,
     ) -> None:  # fmt: skip
         if not isinstance(model, ValueModel):
             raise TypeError(
@@ -115,6 +121,7 @@ class Neur2RO:
         self.mip_gap = check_number("mip_gap", mip_gap, low=0.0)
         self.max_scenarios = check_count("max_scenarios", max_scenarios)
         self.tol = check_number("tol", tol, low=0.0)
+        self.root_bound = bool(root_bound)
         self.seed = resolve_seed(generator)
 
     def instance(self, problem: TwoStageProblem) -> Instance:
@@ -123,6 +130,8 @@ class Neur2RO:
         Raises:
             ValueError: the network was trained for another family.
         """
+        if not isinstance(problem, TwoStageProblem):
+            raise TypeError(f"problem is a {type(problem).__name__}; a TwoStageProblem is needed")
         family = self.family if self.family is not None else family_of(problem)
         if family.name != self.model.family:
             family = fixed(problem)
@@ -133,25 +142,34 @@ class Neur2RO:
             )
         return Instance.of(problem, self.model, family.features(problem, self.model.label_scaling == "per_instance"))
 
-    def solve(self, problem: TwoStageProblem, *, on_step: Callable[[Step], object] | None = None) -> TwoStageSolution:
+    def solve(
+        self,
+        problem: TwoStageProblem,
+        *,
+        time_limit: float | None = None,
+        on_step: Callable[[Step], object] | None = None,
+    ) -> TwoStageSolution:
         """Solve one problem.
 
         Args:
             problem: of the network's family.
+            time_limit: seconds, in place of the solver's own.
             on_step: called after each round with what is proven and what is held.
 
         Raises:
             ValueError: a problem of another family, or without the bounds that an embedding needs.
         """
-        clock = Deadline(self.time_limit)
+        clock = Deadline(self.time_limit if time_limit is None else time_limit)
         run = _Run(problem, clock, on_step)
         instance = self.instance(problem)
         main = MainProblem(instance, mode=self.mode, bounds=self.bounds, mip_gap=self.mip_gap, deadline=clock)
         adversary = Adversary(
             instance, method=self.adversary, bounds=self.bounds, mip_gap=self.mip_gap, seed=self.seed,
-            deadline=clock.at_most(0.2 * self.time_limit),
+            deadline=clock.at_most(0.2 * clock.limit),
         )  # fmt: skip
         status = self._rounds(run, main, adversary)
+        if self.root_bound and run.candidates:
+            run.bound = max(run.bound, _relaxed_bound(problem, np.array(main.scenarios), clock))
         info = {
             "rounds": len(run.history), "scenarios": len(main.scenarios),
             "mode": self.mode, "adversary": self.adversary,
@@ -162,7 +180,7 @@ class Neur2RO:
 
     def _rounds(self, run: _Run, main: MainProblem, adversary: Adversary) -> Status:
         """Run the loop; return why it ended."""
-        clock, patience = run.clock, SHARE * self.time_limit
+        clock, patience = run.clock, SHARE * run.clock.limit
         while len(main.scenarios) <= self.max_scenarios:
             answer, x = main.solve(clock.at_most(max(0.05, patience)))
             if self.mode == "argmax" or not main.scenarios:
@@ -192,7 +210,7 @@ class Neur2RO:
         """Let the adversary answer; return whether the loop is over."""
         if self.verify:
             main.learn(x, worst.value)
-        xi, value, _ = adversary.worst(x, clock.at_most(max(0.05, SHARE * self.time_limit)))
+        xi, value, _ = adversary.worst(x, clock.at_most(max(0.05, SHARE * clock.limit)))
         if self._done(main, x, xi, value):
             if not self.verify or worst.xi is None or (again and _known(main, worst.xi)):
                 return True
@@ -209,6 +227,15 @@ class Neur2RO:
         first = 0.0 if main.instance.features.total else main.instance.problem.first_stage_cost(x, xi)
         close = abs(value - eta) <= self.tol * max(1e-9, abs(value + first))
         return close or _known(main, xi)
+
+
+def _relaxed_bound(problem: TwoStageProblem, scenarios: Array, clock: Deadline) -> float:
+    """Return a lower bound on the optimum that owes nothing to the network."""
+    if clock.passed:
+        return -math.inf
+    if isinstance(problem, RobustKnapsack):
+        return BranchAndPrice(max_nodes=1).solve(problem, time_limit=clock.left).lower_bound
+    return scenario_bound(problem, list(scenarios), clock) if len(scenarios) else -math.inf
 
 
 def _known(main: MainProblem, xi: Array) -> bool:

@@ -108,7 +108,8 @@ class ValueRegression(nn.Module):
             "xi_mask": [np.ones(len(s[1])) for s in static],
             "labels": [(v - r[0]) / r[1] for v, r in zip(data.values, ranges, strict=True)],
         }
-        centred = [v - np.nanmean(v, axis=1, keepdims=True) for v in tables["labels"]]
+        kept = [v[np.isfinite(v).any(axis=1)] for v in tables["labels"]]  # nanmean warns of rows without a label
+        centred = [v - np.nanmean(v, axis=1, keepdims=True) for v in kept]
         flat = [np.concatenate([v[np.isfinite(v)] for v in parts]) for parts in (tables["labels"], centred)]
         self.variances = max(1e-12, float(flat[0].var())), max(1e-12, 2 * float(flat[1].var()))
         for name, parts in tables.items():
