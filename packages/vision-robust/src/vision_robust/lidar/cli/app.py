@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-
 import typer
 
-__all__ = ["app", "command"]
+__all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="Simulate, corrupt, evaluate and harden perception of point clouds.")
 
@@ -15,8 +12,3 @@ app = typer.Typer(no_args_is_help=True, help="Simulate, corrupt, evaluate and ha
 @app.callback()
 def _root() -> None:
     """Simulate, corrupt, evaluate and harden perception of point clouds."""
-
-
-def command() -> str:
-    """Return the command as the user could type it again, without the path of the program."""
-    return shlex.join(["robust", *sys.argv[1:]])

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from robust_core.cli import console
-from robust_core.errors import ResourceError
+from robust_core.cli.verbs import Json, Seed, command
 from robust_core.words import check_word
-from vision_robust.lidar.cli.app import app, command
+from vision_robust.lidar.cli.app import app
+from vision_robust.lidar.cli.words import check_out, named_corruptions
 
 if TYPE_CHECKING:
     from robust_core.evaluation.sections.base import Section
@@ -20,13 +21,6 @@ __all__ = ["corrupt", "simulate"]
 
 LAYOUTS = ("object", "tracking")
 _SHOWN = 4
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
-
-
-def _folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ResourceError(f"--out {str(out)!r} is a file; a folder is needed")
 
 
 def _save(out: Path, document: dict[str, Any], page: str) -> None:
@@ -80,7 +74,7 @@ def simulate(
     for name, value in (("dt", dt), ("azimuth-step", azimuth_step), ("max-range", max_range)):
         if not 0 < value < float("inf"):
             raise ValueError(f"--{name}={value:g}: a number above 0 is needed")
-    _folder(out)
+    check_out(out)
     import time
 
     from robust_core.random import derive
@@ -171,18 +165,20 @@ def corrupt(
     from vision_robust.lidar.sources import check_source
 
     check_source(data)
-    _folder(out)
+    check_out(out)
     import time
 
     import numpy as np
 
     from vision_robust.lidar.corruptions import corrupt_frame
+    from vision_robust.lidar.corruptions import corruptions as known_corruptions
     from vision_robust.lidar.sources import open_source
 
-    names = _named(corruptions)
+    names = named_corruptions(corruptions)
     source = open_source(data, split=split)
     clean = _frame(source, frame)
-    names = [name for name in names if len(clean.boxes) or name not in _of_objects()]
+    inside = known_corruptions("kitti-c-object")
+    names = [name for name in names if len(clean.boxes) or name not in inside]
     start = time.perf_counter()
     found = {name: corrupt_frame(clean, name, severity, index=frame, generator=seed) for name in names}
     figures = {"points/clean": float(len(clean.points))}
@@ -196,31 +192,6 @@ def corrupt(
     above = _seen_from_above(shown, "From above", [f"Frame {clean.token}, whole and corrupted."])
     _save(out, document, _page(document, f"Corruptions at severity {severity}", [], [above]))
     _show(document, out, json)
-
-
-def _of_objects() -> tuple[str, ...]:
-    from vision_robust.lidar.corruptions import corruptions
-
-    return corruptions("kitti-c-object")
-
-
-def _named(words: str) -> list[str]:
-    """Return names of corruptions from names and registries; every one once.
-
-    Raises:
-        ValueError: a word is neither.
-    """
-    from vision_robust.lidar.corruptions import REGISTRIES, corruptions
-
-    found: list[str] = []
-    for word in words.split(","):
-        if word == "all":
-            found += [*corruptions("kitti-c"), *corruptions("kitti-c-object")]
-        elif word in REGISTRIES:
-            found += corruptions(word)
-        else:
-            found.append(check_word("--corruptions", word, (*corruptions(), *REGISTRIES, "all")))
-    return list(dict.fromkeys(found))
 
 
 def _frame(source: Any, wanted: int) -> Frame:

@@ -43,10 +43,10 @@ def columns_of(frames: Sequence[Frame], *, margin: float = 1.0, channels: int = 
 
 def _box_of(clouds: Clouds, boxes: Tensor, wanted: Tensor, margin: float) -> Tensor:
     """Return (S, N) the first wanted box that holds each point, or -1; one frame at a time, for its memory."""
-    found = torch.full(clouds.mask.shape, -1)
+    found = torch.full(clouds.mask.shape, -1, dtype=torch.int16)
     for i in range(len(clouds)):
         inside = points_in_boxes(clouds.points[i], boxes[i], margin=margin) & wanted[i] & clouds.mask[i, :, None]
-        found[i] = torch.where(inside.any(1), inside.int().argmax(1), -1)
+        found[i] = torch.where(inside.any(1), inside.int().argmax(1), -1).to(found.dtype)
     return found
 
 

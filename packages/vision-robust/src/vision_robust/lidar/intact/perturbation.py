@@ -14,7 +14,6 @@ stream for each sample; nothing is written to its input; only coordinates move.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,7 +81,7 @@ def targeted_drop(
         weights: (B, N) w in [0, 1].
         share: (B,) d λ, share of the points that go.
         streams: one for each sample.
-        owner: (B, N) int64 position of the box that a point lies in, or -1: no box loses its last point.
+        owner: (B, N) integer position of the box that a point lies in, or -1: no box loses its last point.
     """
     score = (weights + 0.1) * streams.uniform(clouds.mask.shape[1:]).sqrt().to(weights.dtype)
     ranks = _ranks(score, clouds.mask)
@@ -94,7 +93,7 @@ def targeted_drop(
 
 def _last_of_box(ranks: Tensor, kept: Tensor, mask: Tensor, owner: Tensor) -> Tensor:
     """Return (B, N) where the least salient point of a box stands that would lose all."""
-    slot = owner + 1
+    slot = owner.long() + 1
     size = (len(slot), int(slot.max()) + 1)
     alive = torch.zeros(size, dtype=torch.int64, device=slot.device).scatter_reduce(1, slot, kept.long(), "amax")
     last = torch.full(size, -1, device=slot.device).scatter_reduce(1, slot, torch.where(mask, ranks, -1), "amax")
@@ -184,7 +183,7 @@ class TargetedPerturbation:
         direction: of the shift, one of :data:`DIRECTIONS`.
     """
 
-    families: Sequence[str] = FAMILIES
+    families: tuple[str, ...] = FAMILIES
     drop: float = 0.7
     sigma: float = 0.2
     eps: float = 0.15

@@ -53,7 +53,7 @@ def robust_saliency(
     Args:
         models: the teacher, or family of noise -> the teacher adapted to it; held in eval mode.
         task: says what is climbed.
-        batch: ``x``, targets, ``index``; ``mask`` where points are absent; ``region`` (B, N) int64, the box that a
+        batch: ``x``, targets, ``index``; ``mask`` where points are absent; ``region`` (B, N) integers, the box that a
             point lies in or near to, -1 elsewhere, where scenes are compared box by box.
         noise: its families take turns; the shift among them is aimed at the same model.
         n_draws: K, draws of noise.
@@ -120,7 +120,7 @@ def normalised(score: Tensor, mask: Tensor, region: Tensor | None = None) -> Ten
     Where all scores are 0 the points count the same, 1 each.
     """
     score = score.masked_fill(~mask, 0.0)
-    slot = torch.zeros_like(mask, dtype=torch.int64) if region is None else region + 1
+    slot = torch.zeros_like(mask, dtype=torch.int64) if region is None else region.long() + 1
     wide = F.one_hot(slot, max(int(slot.max()) + 1, 1)).to(score.dtype) if slot.numel() else None
     most: Any = score.new_zeros(len(score), 1) if wide is None else (score[..., None] * wide).amax(1)
     most = most.gather(1, slot) if slot.numel() else most

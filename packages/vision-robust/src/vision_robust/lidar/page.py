@@ -1,0 +1,121 @@
+"""The page of an evaluation of point clouds: curves against severity, all conditions, frames from above."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from robust_core.evaluation import plots
+from robust_core.evaluation.layout import Card, Page
+from robust_core.evaluation.metrics import Estimate
+from robust_core.evaluation.sections.base import Plot, Section, Table, interval_text, number, percent, plot_of
+from vision_robust.lidar.evaluation import CLEAN, LidarReport
+
+__all__ = ["render"]
+
+_LINES = 8
+"""Corruptions in one plot; others stand in the table."""
+
+
+def render(report: LidarReport) -> str:
+    """Return the page."""
+    d = report.document
+    what = "clouds" if d["task"] == "shapes" else "frames"
+    n, levels = len(d["corruptions"]), _span(d["severities"])
+    corrupted = f" · {n} corruptions at severities {levels}" if n else ""
+    sections = [_curves(report, measure) for measure in _measures(report) if d["corruptions"]]
+    sections += [_above(report)] if report.shown else []
+    return Page(
+        title=f"{d['model']} on {d['data']}",
+        lead=f"{d['n']:,} {what}{corrupted} · seed {d['seed']} · {d['device']}",
+        intro=["Corruptions are accidents of weather, sensor and driving: nobody looked for the worst case."],
+        cards=_cards(report),
+        flags=d["flags"],
+        clear="Checked: enough samples, clean figures above chance, boxes that agree with the data's axes.",
+        note="Brackets are exact 95 % intervals over clouds. Average precision and tracking have none: frames of a "
+        "drive are not independent.",
+        sections=sections,
+        provenance=[
+            ("model", d["model_sha256"]), ("data", d["data_sha256"] or "read frame by frame"), ("seed", str(d["seed"])),
+            *[(name, str(value)) for name, value in d["details"].items()], *d["versions"].items(),
+        ],
+        command=d["command"],
+        tables=[(f"All {len(d['figures'])} figures", _all(report))],
+    ).html()  # fmt: skip
+
+
+def _span(levels: Sequence[int]) -> str:
+    """Return levels as a person writes them."""
+    whole = len(levels) > 2 and levels == list(range(levels[0], levels[-1] + 1))
+    return f"{levels[0]} to {levels[-1]}" if whole else ", ".join(map(str, levels))
+
+
+def _measures(report: LidarReport) -> list[str]:
+    """Return the figures that are worth a curve: accuracy, or mean precision and tracking."""
+    names = [name.removeprefix(f"{CLEAN}/") for name in report.document["figures"] if name.startswith(f"{CLEAN}/")]
+    return [name for name in names if name == "accuracy" or name.startswith("map/") or name == "mota"]
+
+
+def _cards(report: LidarReport) -> list[Card]:
+    cards = []
+    for measure in _measures(report):
+        for when in (CLEAN, "corrupted"):
+            if f"{when}/{measure}" in report.document["figures"]:
+                cards.append(_card(f"{measure}, {when}", report[f"{when}/{measure}"]))
+    if "mce" in report.document["figures"]:
+        cards.append(Card("mean corruption error (DGCNN = 1)", number(report["mce"].value)))
+    if not report.document["corruptions"]:
+        cards.append(Card("under corruptions", "", how="add --corruptions"))
+    return cards
+
+
+def _card(label: str, estimate: Estimate) -> Card:
+    return Card(label, percent(estimate.value), interval_text(estimate) if estimate.interval else "")
+
+
+def _curves(report: LidarReport, measure: str) -> Section:
+    d = report.document
+    levels, names = d["severities"], d["corruptions"]
+    values = np.array([[_value(report, f"{name}@{k}/{measure}") for k in levels] for name in names])
+    found: list[Plot] = []
+    if len(levels) > 1:
+        figure, axes = plots.canvas()
+        clean = report[f"{CLEAN}/{measure}"].value
+        hardest = np.argsort(values.mean(1))[:_LINES]
+        for row in hardest:
+            axes.plot([0, *levels], [clean, *values[row]], marker="o", ms=3, lw=1.2, label=names[row].partition("/")[2])
+        axes.set_xlabel("severity (0: clean)")
+        axes.set_ylabel(measure)
+        axes.set_ylim(min(0.0, float(np.nanmin(values))), 1.0)
+        plots.legend(axes)
+        alt = "; ".join(f"{names[r]}: {', '.join(f'{v:.2f}' for v in values[r])}" for r in hardest)
+        caption = f"The {len(hardest)} hardest of {len(names)}." if len(names) > len(hardest) else ""
+        found.append(plot_of(figure, f"{measure} against severity. {alt}.", measure, "curves", caption))
+    heat = plots.corruption_heat_map([n.partition("/")[2] for n in names], levels, values.clip(0.0, 1.0))
+    found.append(plot_of(heat, f"{measure} in percent, corruption by severity.", measure, "heat", "In percent."))
+    return Section(f"{measure} against severity", [], found)
+
+
+def _value(report: LidarReport, name: str) -> float:
+    return report[name].value if name in report.document["figures"] else float("nan")
+
+
+def _above(report: LidarReport) -> Section:
+    from vision_robust.lidar.birds_eye import birds_eye_plot
+
+    drawn = []
+    for i, (name, frame, said) in enumerate(report.shown):
+        boxes = 0 if said is None else len(said.boxes)
+        alt = f"{name}: {len(frame.points)} points, {int((~frame.ignore).sum())} boxes to find, {boxes} found"
+        drawn.append(plot_of(birds_eye_plot(frame, detections=said, title=name), alt, "above", str(i), alt))
+    text = ["The first frame, clean and at the hardest severity of some corruptions; boxes point to their front."]
+    return Section("From above", text, drawn)
+
+
+def _all(report: LidarReport) -> Table:
+    rows = []
+    for name in report.document["figures"]:
+        e = report[name]
+        rows.append([name, number(e.value), interval_text(e, share=False) if e.interval else "", f"{e.n:,}"])
+    return Table(["figure", "value", "95 % interval", "n"], rows, numeric=(1, 2, 3))
