@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -96,10 +97,10 @@ def _jobs(team: Team, faulty: object = None) -> dict[int, object]:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("attack", [None, "sign-flip", "alie", "alie-optimal", "nan", "gaussian", "duplicate"])
+@pytest.mark.parametrize("attack", [None, *sorted(set(ATTACKS) - {"label-flip", "equivocate", "silent"})])
 def test_peers_of_their_own_are_the_simulation(attack: str | None) -> None:
     team = _team(5, 0 if attack is None else 1)
-    done = _Threads(team).run(_jobs(team, None if attack is None else Liar(attack)))
+    done = _Threads(team, 20.0).run(_jobs(team, None if attack is None else Liar(attack)))
     assert not done.failed
     forge = None if attack is None else ATTACKS[attack]()
     run = simulate(
@@ -120,10 +121,11 @@ def test_equivocation_reaches_each_as_meant() -> None:
     assert (done.theta() - run.peers.theta).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("wire", WIRES[1:])
+@pytest.mark.parametrize("wire", [*WIRES[1:], "silent"])
 def test_a_message_that_is_no_vector_stops_nobody(wire: str) -> None:
     team = _team(4, 1)
-    done = _Threads(team).run(_jobs(team, Liar("sign-flip", wire)))
+    liar = Liar("silent") if wire == "silent" else Liar("sign-flip", wire)
+    done = _Threads(team, 2.0).run(_jobs(team, liar))
     assert not done.failed
     clean = simulate(team.program, Shards(team.shards.x, team.shards.y, list(team.shards.rows), generator=1),
                      NearestNeighbors(0), steps=STEPS, batch_size=16)  # fmt: skip
@@ -197,15 +199,19 @@ def test_bad_words_are_one_clear_error() -> None:
         serve(team, lonely.mailbox(0), steps=1)
 
 
-def test_real_processes_train_on_while_one_lies_and_one_is_killed() -> None:
-    recipe = Recipe(honest=5, f=2, spare=1, beta=0.5, batch_size=8)
-    done = launch(recipe.team, 7, steps=25, liars={6: Liar("sign-flip")}, kills={5: 4}, deadline_s=2.0)
+def test_real_processes_train_on_while_one_lies_and_one_is_killed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.random((300, 6), dtype=np.float32)
+    np.savez(tmp_path / "own.npz", x=x, y=(x[:, 0] > x[:, 1]).astype(np.int64))
+    recipe = Recipe(data=str(tmp_path / "own.npz"), honest=5, f=2, spare=1, beta=0.5, batch_size=8)
+    words = {"steps": 25, "liars": {6: Liar("sign-flip")}, "kills": {5: 4}, "deadline_s": 4.0, "preload": ()}
+    done = launch(recipe.team, 7, **words)  # pyright: ignore[reportArgumentType]
     assert done.ranks == [0, 1, 2, 3, 4]
     assert done.lost == {5: "ended with exit code -9"}
     assert done.silent[5] > 0
     team = recipe.team()
     assert team.test is not None
-    assert accuracy(team.program, done.theta, *team.test) > 0.5
+    assert accuracy(team.program, done.theta, *team.test) > 0.7
     assert done.loss[-1] < done.loss[0]
     with pytest.raises(ValueError, match=r"only 5 \.\. 6 are faulty"):
         launch(recipe.team, 7, steps=1, kills={0: 1})

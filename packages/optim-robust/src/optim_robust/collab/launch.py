@@ -26,8 +26,8 @@ from robust_core.errors import RobustError
 
 __all__ = ["Launched", "launch"]
 
-PRELOAD = ("optim_robust.collab.recipe", "torch._dynamo", "sklearn.datasets")
-"""Imported once for all processes: what the first gradient and the bundled data would import in each."""
+PRELOAD = ("optim_robust.collab.recipe", "torch._dynamo")
+"""Imported once for all processes: what the first gradient would import in each."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ def launch(
     kills: Mapping[int, int] | None = None,
     deadline_s: float = 10.0,
     timeout_s: float = 600.0,
-    preload: Sequence[str] = (),
+    preload: Sequence[str] = ("sklearn.datasets",),
     on_step: Callable[[str, int, int], object] | None = None,
 ) -> Launched:
     """Start n peers (and a server where the team has one) as processes of this machine, and wait for their models.
@@ -80,7 +80,7 @@ def launch(
         kills: rank -> round in which it is killed (SIGKILL, from outside, once it has been seen there).
         deadline_s: longest wait for messages in a round.
         timeout_s: for the whole run.
-        preload: modules that ``build`` needs, imported once.
+        preload: modules that ``build`` needs, imported once; those of the bundled data by default.
         on_step: called with ("rounds", least round of those that train, steps).
 
     Raises:
