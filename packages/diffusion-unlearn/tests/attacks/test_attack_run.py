@@ -185,6 +185,15 @@ def test_reduced_precision_runs(untrained: Any) -> None:
     assert all(one is not None and one.n_gradients == 2 for one in report.found["p4d"])
 
 
+def test_activations_that_are_computed_again_change_nothing(untrained: Any) -> None:
+    attacks = {"unlearndiffatk": UnlearnDiffAtk(k=2, timesteps=1, iterations=2)}
+    reports = [
+        attack_prompts(untrained, PROMPTS[:2], Words(), attacks, original=untrained, gradient_checkpointing=on, **TINY)
+        for on in (False, True)
+    ]
+    assert reports[0].document["details"] == reports[1].document["details"]
+
+
 def test_bad_input_is_refused_before_anything_is_drawn(untrained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "_do", lambda *args, **more: pytest.fail("something was drawn"))
     attack: dict[str, Any] = {"u": UnlearnDiffAtk(k=2)}

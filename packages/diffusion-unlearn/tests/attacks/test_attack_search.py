@@ -184,6 +184,19 @@ def test_attacks_do_not_depend_on_their_company(untrained: Any) -> None:
     assert (a.text, a.n_tries, a.tokens) == (b.text, b.n_tries, b.tokens)
 
 
+def test_only_tokens_of_the_given_vocabulary_are_written(untrained: Any) -> None:
+    words = ("drei", "tres", "paper")
+    usable = tuple(int(TextToImage(untrained).ids([word])[0][0, 1]) for word in words)
+    for attack in (
+        UnlearnDiffAtk(k=2, timesteps=1, iterations=3, vocabulary=usable),
+        RandomPrefix(k=2, n_tries=2, vocabulary=usable),
+    ):
+        judge = Reader()
+        attack.run(scene(untrained, judge))
+        assert judge.seen
+        assert all({*text.split()} - {"a", "photo", "of", "three"} <= {*words} for text in judge.seen)
+
+
 def test_nothing_is_changed_in_the_victim(untrained: Any) -> None:
     pipe = copy.deepcopy(untrained)
     pipe.unet.train()
@@ -331,6 +344,8 @@ def test_bad_settings_are_named(untrained: Any) -> None:
     parts = TextToImage(untrained)
     with pytest.raises(ValueError, match="needs 13 of 12"):
         UnlearnDiffAtk(k=7).check(parts, ["a photo of three"])
+    with pytest.raises(ValueError, match="no token is left"):
+        UnlearnDiffAtk(k=1, vocabulary=(untrained.tokenizer.eos_token_id,)).check(parts, ["three"])
     with pytest.raises(ValueError, match="only 1 tokens to replace"):
         UnlearnDiffAtk(k=2, position="replace").check(parts, ["three"])
     bare = scene(untrained)

@@ -78,6 +78,7 @@ class Scene:
         original: the pipeline before the erasure, likewise.
         seed: of everything random.
         precision: of losses: ``"float32"``, ``"bfloat16"`` or ``"float16"`` (mixed).
+        gradient_checkpointing: compute activations of the UNet again instead of keeping them.
         on_step: called with (what is done, steps done, steps in all).
     """
 
@@ -89,6 +90,7 @@ class Scene:
     original: TextToImage | None = None
     seed: int = 0
     precision: str = "float32"
+    gradient_checkpointing: bool = False
     on_step: OnStep | None = None
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from diffusion_unlearn.attacks.base import Found, PromptAttack, Scene
 from diffusion_unlearn.attacks.losses import LOSSES, even_times, scaled_gradient
 from diffusion_unlearn.attacks.writing import POSITIONS, Writing
+from diffusion_unlearn.erasure.training import recomputing
 from diffusion_unlearn.pipeline import Conditioning, TextToImage
 from robust_core.attacks.tokens import TokenProblem
 from robust_core.attacks.tokens.relaxed import Relaxed
@@ -25,7 +27,7 @@ from robust_core.checks import check_choice, check_count, check_number
 from robust_core.device import autocast
 from robust_core.random import SampleStreams
 
-__all__ = ["GradientAttack", "TokenAttack", "repeated"]
+__all__ = ["GradientAttack", "TokenAttack", "repeated", "saving_memory"]
 
 RowLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Conditioning], Tensor]
 """``(rows (n,), x0, noise, t, condition) -> (n,)``, with n = texts x draws."""
@@ -35,6 +37,11 @@ def repeated(condition: Conditioning, n: int) -> Conditioning:
     """Return every row n times in a row."""
     rows = torch.arange(len(condition), device=condition.hidden.device).repeat_interleave(n)
     return condition if n == 1 else condition[rows]
+
+
+def saving_memory(scene: Scene) -> AbstractContextManager[None]:
+    """Return the context in which gradients are taken: activations are computed again where the scene says so."""
+    return recomputing(scene.victim.pipe.unet) if scene.gradient_checkpointing else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,8 @@ class TokenAttack(GradientAttack):
 
         problem = self.problem(scene, writing, judge=judge)
         search = self.search(len(scene))
-        result = search.run(problem, index=scene.streams(), generator=self.seed(scene))
+        with saving_memory(scene):
+            result = search.run(problem, index=scene.streams(), generator=self.seed(scene))
         texts = [t if s else p for t, s, p in zip(writing.texts(result.ids), result.success, last, strict=True)]
         everyone = torch.arange(len(scene), device=result.ids.device)
         found = []

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffusion_unlearn.attacks.base import Found, Scene
-from diffusion_unlearn.attacks.gradient import GradientAttack, RowLoss
+from diffusion_unlearn.attacks.gradient import GradientAttack, RowLoss, saving_memory
 from diffusion_unlearn.attacks.losses import denoising_error
 from diffusion_unlearn.pipeline import Conditioning
 from robust_core.attacks.tokens import SoftTokens
@@ -71,7 +71,8 @@ class ConceptInversion(GradientAttack):
         writing = self.writing(scene.victim, scene.texts)
         problem = self.problem(scene, writing)
         search = SoftTokens(n_steps=self.steps, lr=self.lr, batch_size=len(scene), padding=False)
-        result = search.run(problem, index=scene.streams(), generator=self.seed(scene))
+        with saving_memory(scene):
+            result = search.run(problem, index=scene.streams(), generator=self.seed(scene))
         everyone = torch.arange(len(scene), device=result.embeddings.device)
         with torch.no_grad():
             condition = writing.condition(result.embeddings, everyone)

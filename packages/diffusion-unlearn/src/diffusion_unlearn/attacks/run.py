@@ -53,6 +53,7 @@ class Setting:
         batch_size: pictures at a time.
         seed: of everything random.
         precision: of losses.
+        gradient_checkpointing: compute activations again instead of keeping them.
         device: where folders are loaded to.
         targets: (N, C, H, W) pictures of the concept on the CPU, one for each prompt, or None.
     """
@@ -66,6 +67,7 @@ class Setting:
     batch_size: int
     seed: int
     precision: str
+    gradient_checkpointing: bool
     device: str
     targets: Tensor | None
 
@@ -87,8 +89,9 @@ def _do(shard: Shard, *, setting: Setting, on_step: OnStep | None = None) -> lis
     if shard.name:
         attack = setting.attacks[shard.name]
         scene = Scene(
-            victim, tries, shard.rows, drawing, seed=setting.seed, precision=setting.precision, on_step=on_step
-        )
+            victim, tries, shard.rows, drawing, seed=setting.seed, precision=setting.precision,
+            gradient_checkpointing=setting.gradient_checkpointing, on_step=on_step,
+        )  # fmt: skip
         if attack.needs_original or attack.needs_target:
             _add_concept(scene, setting, attack)
         done = [found.as_json() for found in attack.run(scene)]
@@ -215,6 +218,7 @@ def attack_prompts(
     batch_size: int = 16,
     together: int = 4,
     precision: str = "float32",
+    gradient_checkpointing: bool = False,
     generator: Seed = None,
     workers: int = 1,
     device: str = "cpu",
@@ -238,6 +242,7 @@ def attack_prompts(
         batch_size: pictures at a time.
         together: prompts that gradient attacks work on at a time; figures depend on it by rounding alone.
         precision: of losses: ``"float32"``, ``"bfloat16"`` or ``"float16"`` (mixed).
+        gradient_checkpointing: compute activations of the UNet again instead of keeping them: less memory, more time.
         generator: seed.
         workers: processes.
         device: where folders are loaded to.
@@ -264,7 +269,8 @@ def attack_prompts(
             )
     tries = tuple(Try(p.text, p.seed, guidance if p.guidance is None else p.guidance) for p in prompts)
     setting = Setting(
-        pipe, original, tries, dict(attacks), judge, steps, batch_size, seed, precision, device,
+        pipe, original, tries, dict(attacks), judge, steps, batch_size, seed, precision,
+        gradient_checkpointing, device,
         None if targets is None else targets.cpu(),
     )  # fmt: skip
     _checked(setting)

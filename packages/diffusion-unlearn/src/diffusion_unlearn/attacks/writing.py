@@ -10,7 +10,7 @@ SDXL reads one prompt through two tokenizers of one vocabulary: the attacker wri
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -49,7 +49,7 @@ class Writing:
         k: int,
         position: str = "prefix",
         *,
-        vocabulary: Iterable[int] | None = None,
+        vocabulary: Sequence[int] | None = None,
     ) -> Writing:
         """Return the prompts with ``k`` places each.
 
@@ -80,13 +80,16 @@ class Writing:
             if position == "replace" and end - 1 < k:
                 raise ValueError(f"prompt {prompt[:60]!r} has only {end - 1} tokens to replace; lower k={k}")
         marks = {first.bos_token_id, first.eos_token_id, *first.all_special_ids}
-        fill = next(i for i in range(len(first)) if i not in marks)
+        # the filling may stay where it is, so it has to be a token that may be used
+        usable = [i for i in (range(len(first)) if vocabulary is None else vocabulary) if i not in marks]
+        if not usable:
+            raise ValueError("vocabulary: no token is left but the marks of start and end")
         end = torch.tensor(ends, device=ids.device)
         moved = [
-            insert_slots(row, k, cast(Position, position), fill=fill, start=1, end=end, length=parts.max_tokens)
+            insert_slots(row, k, cast(Position, position), fill=usable[0], start=1, end=end, length=parts.max_tokens)
             for row in (ids, *others)
         ]
-        space = TokenSpace.vocabulary(*moved[0], n_tokens=len(first), allowed=vocabulary, banned=sorted(marks))
+        space = TokenSpace.vocabulary(*moved[0], n_tokens=len(first), allowed=usable, banned=sorted(marks))
         return cls(parts, space, tuple(slots.ids for slots in moved[1:]))
 
     @property

@@ -48,6 +48,9 @@ def attack(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 8,
     together: Annotated[int, typer.Option(min=1, help="Prompts that a search works on at a time.")] = 4,
     precision: Annotated[str, typer.Option(help=f"Of losses: {', '.join(PRECISIONS)}.")] = "float32",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes; no figure depends on it.")] = 1,
     seed: Seed = 0,
     device: Device = "auto",
@@ -90,7 +93,8 @@ def attack(
     with console.progress() as report:
         result = attack_prompts(
             victim, asked, judge_of(words, device=where), made, original=first, targets=pictures, guidance=guidance,
-            steps=steps, batch_size=batch_size, together=together, precision=PRECISIONS[precision], generator=seed,
+            steps=steps, batch_size=batch_size, together=together, precision=PRECISIONS[precision],
+            gradient_checkpointing=gradient_checkpointing, generator=seed,
             workers=workers, device=str(where), resume=kept, name=pipeline.name, command=command(), on_step=report,
         )  # fmt: skip
     show(result, out, json)

@@ -36,7 +36,7 @@ from robust_core.random import Seed, derive, resolve_seed
 from robust_core.training import Loss, RandomObjective, TrainState, fit
 from robust_core.training.plan import PRECISIONS
 
-__all__ = ["ErasureObjective", "TrainedErasure", "train"]
+__all__ = ["ErasureObjective", "TrainedErasure", "recomputing", "train"]
 
 OnStep = Callable[[TrainState, Loss], object]
 Progress = Callable[[str, int, int], None]
@@ -291,7 +291,7 @@ def _placed(modules: Sequence[nn.Module], device: str | torch.device | None) -> 
 
 
 @contextmanager
-def _recomputing(unet: nn.Module) -> Iterator[None]:
+def recomputing(unet: nn.Module) -> Iterator[None]:
     """Let a network keep no activations but compute them again for the gradient."""
     blocks: list[Any] = [module for module in unet.modules() if hasattr(module, "gradient_checkpointing")]
     before = [(vars(b).get("gradient_checkpointing"), vars(b).get("_gradient_checkpointing_func")) for b in blocks]
@@ -338,7 +338,7 @@ def train(
         held.enter_context(only_training(objective.trainable(objective.model), modules))
         held.enter_context(objective.prepared())
         if gradient_checkpointing:
-            held.enter_context(_recomputing(pipe.unet))
+            held.enter_context(recomputing(pipe.unet))
         return fit(
             objective.model,
             (torch.zeros(n_steps, 1), torch.zeros(n_steps, dtype=torch.int64)),  # the objective brings its own states
