@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from optim_robust.byzantine.attacks import Attack, Scene
-from optim_robust.byzantine.mixing import Mixing
+from optim_robust.byzantine.mixing import Aggregation, Mixing
 from optim_robust.byzantine.vectors import TooFewMessagesError, check_faulty
 from optim_robust.collab.node import NodeProgram, Peers, Shards
 from robust_core.checks import check_choice, check_count
@@ -104,6 +104,8 @@ def exchange(vectors: Tensor, network: Network, mixing: Mixing, attack: Attack |
         return mixing(vectors, own, heard)
 
     def defence(pool: Tensor) -> Tensor:
+        if isinstance(mixing, Aggregation):  # no pivot: liars look at the rule on all that is sent, not peer by peer
+            return mixing(pool, own[:1], torch.ones(1, len(pool), dtype=torch.bool, device=pool.device))[0]
         ears = heard_in(network, len(pool) - len(vectors), step=scene.step, seed=scene.seed).to(pool.device)
         return mixing(pool, own, ears).mean(0)
 
