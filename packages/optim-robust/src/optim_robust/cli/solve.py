@@ -56,7 +56,8 @@ def solve(
     else:
         decisions = [(name, f"{value:g}") for name, value in row["x"].items() if abs(value) > 1e-9]
         if decisions:
-            console.table(("decision", "value"), decisions, title=f"{row['problem']} by {row['method']}")
+            console.info(f"{row['problem']} by {row['method']}")
+            console.table(("decision", "value"), decisions)
         console.info(f"status: {STATUSES[row['status']]}")
         word = "profit" if row["sense"] < 0 else "cost"
         for text, key in ((f"guaranteed {word}", "guaranteed"), ("proved bound", "bound")):

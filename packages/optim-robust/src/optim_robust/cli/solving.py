@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from optim_robust.two_stage.ccg import ExactCCG, ScenarioEnumeration
 from optim_robust.two_stage.comparison import Comparison, Method, compare
 from optim_robust.two_stage.files import load_problem
 from optim_robust.two_stage.k_adaptability import KAdaptability
+from optim_robust.two_stage.knapsack import RobustKnapsack
 from optim_robust.two_stage.problem import TwoStageProblem
+from optim_robust.two_stage.pyomo_model import PyomoProblem
 from optim_robust.two_stage.pyros import PyROS
 from optim_robust.two_stage.solution import Step, relative_gap
 from optim_robust.two_stage.static import Nominal, StaticRobust
@@ -57,6 +60,25 @@ def _neur2ro(problem: TwoStageProblem, net: Path | None, seed: int) -> Method:
     return Neur2RO(model, root_bound=True, generator=seed)
 
 
+def _fitting(methods: list[str], problem: TwoStageProblem) -> list[str]:
+    """Leave out, and say so, what does not apply to a problem; a method asked for alone raises by itself."""
+    if len(methods) == 1:
+        return methods
+    continuous = not (problem.x.integer.any() or problem.y.integer.any())
+    limits = {
+        "branch-and-price": ("knapsacks", isinstance(problem, RobustKnapsack)),
+        "pyros": ("continuous Pyomo models", isinstance(problem, PyomoProblem) and continuous),
+    }
+    kept = []
+    for words in methods:
+        what, applies = limits.get(split_method(words)[0], ("", True))
+        if applies:
+            kept.append(words)
+        else:
+            console.info(f"{problem.name}: {words} is left out, it is for {what}")
+    return kept
+
+
 def run(
     problems: list[str], methods: list[str], *, time_limit: float, tol: float, net: Path | None, seed: int, command: str
 ) -> Comparison:
@@ -72,12 +94,12 @@ def run(
         last[0] = now
         sense = next(p.sense for p in loaded if p.name == name)
         gap = relative_gap(step.worst_case, step.lower_bound)
-        held, bound = sense * step.worst_case, sense * step.lower_bound
-        console.info(
-            f"{step.seconds:8.1f} s  {name}  {method}: held {held:.6g}, bound {bound:.6g}, gap {100 * gap:.2f} %"
-        )
+        held, bound = (f"{sense * v:.6g}" if math.isfinite(v) else "none" for v in (step.worst_case, step.lower_bound))
+        share = f", gap {100 * gap:.2f} %" if math.isfinite(gap) else ""
+        console.info(f"{step.seconds:8.1f} s  {name}  {method}: held {held}, bound {bound}{share}")
 
     for problem in loaded:
-        made = {words: make_method(words, problem, tol=tol, net=net, seed=seed) for words in methods}
+        fitting = _fitting(methods, problem)
+        made = {words: make_method(words, problem, tol=tol, net=net, seed=seed) for words in fitting}
         entries += compare([problem], made, time_limit=time_limit, on_step=tell)
     return Comparison(entries, command, time.perf_counter() - clock, time_limit, seed)

@@ -57,6 +57,10 @@ class KAdaptability:
         run = Tracker(problem, f"k-adaptability({self.k})", time_limit=time_limit, on_step=on_step, tol=self.tol)
         scenarios = run.scenarios
         scenarios.append(problem.uncertainty.worst(np.zeros(problem.dim)))
+        early = run.deadline.at_most(0.1 * run.deadline.limit)
+        run.raise_bound(scenario_bound(problem, [problem.uncertainty.nominal], early))
+        if run.lower == math.inf:
+            return run.finish(Status.INFEASIBLE)
         tie = itertools.count()
         root: Assignment = ((0,),) + ((),) * (self.k - 1)
         queue: list[tuple[float, int, Assignment]] = [(-math.inf, next(tie), root)]

@@ -18,7 +18,7 @@ from optim_robust.solver import Status
 from optim_robust.two_stage.problem import TwoStageProblem
 from optim_robust.two_stage.pyomo_model import PyomoProblem
 from optim_robust.two_stage.solution import TwoStageSolution
-from optim_robust.two_stage.tracking import OnStep, Tracker
+from optim_robust.two_stage.tracking import OnStep, Tracker, scenario_bound
 from optim_robust.uncertainty import Box, Budget, Discrete, Polyhedron, UncertaintySet
 from robust_core.errors import RobustError
 
@@ -91,5 +91,7 @@ class PyROS:
             return run.finish(stop)
         value = answer.final_objective_value
         run.info["pyros_value"] = math.nan if value is None else problem.sense * float(value)
-        run.evaluate(np.array([float(v.value) for v in parts[0]]))
+        worst = run.evaluate(np.array([float(v.value) for v in parts[0]]))
+        run.scenarios = [problem.uncertainty.nominal] + ([] if worst.xi is None else [worst.xi])
+        run.raise_bound(scenario_bound(problem, run.scenarios, run.deadline))
         return run.finish(Status.FEASIBLE)
