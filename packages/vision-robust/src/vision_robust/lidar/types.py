@@ -16,7 +16,7 @@ from torch import Tensor
 
 from robust_core.checks import check_finite
 
-__all__ = ["Clouds", "Detections", "Frame", "check_boxes", "check_cloud"]
+__all__ = ["Clouds", "Detections", "Frame", "check_boxes", "check_cloud", "positions"]
 
 _UNSET = cast("Tensor", None)
 """A default that depends on the other fields: replaced on construction, so that no reader meets None."""
@@ -51,6 +51,16 @@ def check_boxes(boxes: Tensor, *, name: str = "boxes") -> Tensor:
     if boxes.numel() and bool((boxes[:, 3:6] < 0).any()):
         raise ValueError(f"{name} holds a negative length, width or height")
     return boxes
+
+
+def positions(chosen: Tensor, most: int) -> Tensor:
+    """Return (B, most) positions of the chosen points (B, N) of each cloud in their order, filled up with 0."""
+    rows, columns = chosen.nonzero(as_tuple=True)
+    counts = chosen.sum(1)
+    rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    out = rows.new_zeros(len(chosen), most)
+    out[rows, rank] = columns
+    return out
 
 
 def _empty_boxes() -> Tensor:
@@ -175,7 +185,7 @@ class Clouds:
         longest = int(counts.max()) if len(self) else 0
         if bool(self.mask[:, :longest].sum() == counts.sum()):
             return Clouds(self.points[:, :longest], self.mask[:, :longest])
-        order = torch.argsort(~self.mask, dim=1, stable=True)[:, :longest]
+        order = positions(self.mask, longest)
         points = self.points.gather(1, order[..., None].expand(-1, -1, self.points.shape[2]))
         mask = torch.arange(longest, device=points.device) < counts[:, None]
         return Clouds(torch.where(mask[..., None], points, 0), mask)

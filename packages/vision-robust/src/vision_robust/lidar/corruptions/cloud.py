@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from robust_core.random import SampleStreams
+from vision_robust.lidar.types import positions
 
 __all__ = [
     "Cloud",
@@ -155,16 +156,6 @@ def nearest(cloud: Cloud, centre: Tensor, k: Tensor) -> Tensor:
         distance = distance.masked_fill(~cloud.mask, torch.inf)
     chosen = _smallest(distance, k.clamp(max=cloud.counts))
     return chosen if cloud.whole else chosen & cloud.mask
-
-
-def positions(chosen: Tensor, most: int) -> Tensor:
-    """Return (B, most) positions of the chosen points (B, N) of each cloud in their order, filled up with 0."""
-    rows, columns = chosen.nonzero(as_tuple=True)
-    counts = chosen.sum(1)
-    rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-    out = rows.new_zeros(len(chosen), most)
-    out[rows, rank] = columns
-    return out
 
 
 def ranks(group: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
