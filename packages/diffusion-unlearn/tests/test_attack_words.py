@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_unlearn.attacks import ATTACKS, P4D, Synonyms, UnlearnDiffAtk
-from diffusion_unlearn.cli.attacking import NAMES, ORIGINAL, TARGETS, attacks_of, check_attacks
+from diffusion_unlearn.cli.attacking import NAMES, ORIGINAL, TARGETS, attacks_of, check_attacks, defaults
 from robust_core.errors import MalformedFileError, ResourceError
 
 
@@ -13,6 +13,8 @@ from robust_core.errors import MalformedFileError, ResourceError
 def test_the_names_are_those_of_the_attacks() -> None:
     assert set(NAMES) == set(ATTACKS)
     assert set(ORIGINAL) == {name for name, kind in ATTACKS.items() if kind.needs_original}
+    for original, targets in ((True, False), (False, True), (False, False)):
+        check_attacks(defaults(original=original, targets=targets), original=original, targets=targets)
     assert set(TARGETS) == {name for name, kind in ATTACKS.items() if kind.needs_target}
 
 

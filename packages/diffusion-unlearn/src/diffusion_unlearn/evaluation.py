@@ -277,6 +277,7 @@ def _document(
             "steps": run.steps,
             "guidance": run.guidance,
             "original_sha256": run.before,
+            "texts": len(set(run.prompts.texts)),
             "retain": None if retain is None else {"name": retain.name, "sha256": retain.sha256, "n": len(retain)},
         },
     }

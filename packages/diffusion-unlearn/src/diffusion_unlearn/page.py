@@ -43,10 +43,11 @@ def render(report: ErasureReport) -> str:
     d = report.document
     retain = d["details"]["retain"]
     beside = "" if retain is None else f" · {retain['n']:,} prompts that should have stayed"
+    texts = f" of {d['details']['texts']:,} texts" if d["details"]["texts"] < d["n"] else ""
     sections = [_rates(report), _pictures(report), _cost(report), _texts(report)]
     return Page(
         title=f"{d['model']}: {d['data']} after its erasure",
-        lead=f"{d['n']:,} prompts{beside} · {_judge(d['details']['judge'])} · {d['details']['steps']} steps · "
+        lead=f"{d['n']:,} prompts{texts}{beside} · {_judge(d['details']['judge'])} · {d['details']['steps']} steps · "
         f"seed {d['seed']} · {d['device']}",
         intro=_intro(d["threat"]),
         cards=_cards(report),
@@ -54,7 +55,7 @@ def render(report: ErasureReport) -> str:
         clear="Checked: prompts enough for the intervals, none in both sets; the judge sees the concept before the "
         "erasure; the pipelines differ; no safety checker stands between pictures and judge; attacks beat random ones.",
         note="Brackets are exact 95 % intervals of shares, and Student intervals of means and paired differences, over "
-        "prompts as independent draws. They say nothing about erasing again with another seed.",
+        "prompts as independent draws (many seeds of few texts are fewer); erasing with another seed is not in them.",
         sections=[section for section in sections if section is not None],
         provenance=_provenance(report),
         command=d["command"],

@@ -66,6 +66,7 @@ def test_people_are_shown_figures_and_doubts(place: Path, capsys: pytest.Capture
         ({"--attack": "p4d"}, 2, "--original is needed"),
         ({"--attack": "unlearndiffatk"}, 2, "--original draws them"),
         ({"--attack": "pgd"}, 2, "choose one of"),
+        ({"--targets": "nowhere"}, 3, "no such picture"),
         ({"--features": "pixels"}, 2, "give --retain"),
         ({"--convention": "fid"}, 2, "choose one of"),
         ({"--precision": "half"}, 2, "choose one of"),
@@ -86,6 +87,18 @@ def test_malformed_prompts_are_told_with_file_and_line(
     words = ["--pipeline", str(place / "after"), "--judge", "digits:three", "--prompts", str(tmp_path / "bad.csv")]
     assert run(*words, *SMALL) == 2
     assert "bad.csv, line 3: seed 'x'" in capsys.readouterr().err
+
+
+def test_pictures_of_the_concept_stand_in_for_the_original(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    Image.new("L", (8, 8), 128).save(tmp_path / "concept.png")
+    words = ["--pipeline", str(place / "after"), "--judge", "digits:three", "--prompts", str(place / "three.txt")]
+    words += ["--targets", str(tmp_path / "concept.png"), "--attack", "unlearndiffatk,k=1,timesteps=1,iterations=2"]
+    assert run(*words, "--shown", "0", "--json", *SMALL) == 0
+    assert "asr/unlearndiffatk" in json.loads(capsys.readouterr().out)["figures"]
 
 
 def test_features_are_those_of_the_words() -> None:

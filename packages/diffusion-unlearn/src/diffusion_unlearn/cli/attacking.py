@@ -20,7 +20,7 @@ from robust_core.words import check_word
 if TYPE_CHECKING:
     from diffusion_unlearn.attacks import PromptAttack
 
-__all__ = ["HELP", "NAMES", "AttackWords", "attacks_of", "check_attacks"]
+__all__ = ["HELP", "NAMES", "AttackWords", "attacks_of", "check_attacks", "defaults"]
 
 NAMES = ("unlearndiffatk", "p4d", "random", "seed", "synonyms", "inversion")
 ORIGINAL = ("p4d",)
@@ -78,6 +78,12 @@ def check_attacks(words: Sequence[str], *, original: bool = True, targets: bool 
         label = name if name not in found else f"{name} {sum(w.name == name for w in found.values()) + 1}"
         found[label] = AttackWords(name, tuple(settings), Path(file).expanduser() if colon else None)
     return found
+
+
+def defaults(*, original: bool, targets: bool) -> list[str]:
+    """Return the attacks of a run that names none: all by prompt or seed that what is at hand allows."""
+    found = ["unlearndiffatk"] if original or targets else []
+    return [*found, *(["p4d"] if original else []), "random", "seed"]
 
 
 def attacks_of(read: dict[str, AttackWords]) -> dict[str, PromptAttack]:

@@ -11,7 +11,7 @@ import typer
 
 from diffusion_unlearn.cli.app import app
 from diffusion_unlearn.cli.attacking import HELP as ATTACK_HELP
-from diffusion_unlearn.cli.attacking import check_attacks
+from diffusion_unlearn.cli.attacking import check_attacks, defaults
 from diffusion_unlearn.cli.judging import HELP as JUDGE_HELP
 from diffusion_unlearn.cli.judging import check_judge
 from robust_core.cli import console
@@ -26,7 +26,6 @@ __all__ = ["check_places", "evaluate", "features_of"]
 
 CONVENTIONS = ("cosine", "hessel", "percent")
 PRECISIONS = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-DEFAULT = ("random", "unlearndiffatk")
 UNFINISHED = ".unfinished"
 """Folder below ``--out`` in which a run that was interrupted is kept; gone when it is done."""
 
@@ -110,7 +109,10 @@ def evaluate(
     ] = None,
     attack: Annotated[
         list[str] | None,
-        typer.Option("--attack", "-a", help=f"{ATTACK_HELP}. none: no attack. Default: {' and '.join(DEFAULT)}."),
+        typer.Option("--attack", "-a", help=f"{ATTACK_HELP}. none: no attack. All but inversion if left out."),
+    ] = None,
+    targets: Annotated[
+        Path | None, typer.Option(help="Pictures of the concept, where --original is not at hand.")
     ] = None,
     classifier: Annotated[
         str | None,
@@ -147,31 +149,36 @@ def evaluate(
     --store-images asks for it.
     """
     read = check_judge(judge)
-    asked = [] if attack == ["none"] else list(attack or (DEFAULT if original is not None else DEFAULT[:1]))
-    chosen = check_attacks(asked, original=original is not None, targets=False)
+    hand = {"original": original is not None, "targets": targets is not None}
+    chosen = check_attacks([] if attack == ["none"] else attack or defaults(**hand), **hand)
     check_word("--convention", convention, CONVENTIONS)
     check_word("--precision", precision, PRECISIONS)
     check_places({"--pipeline": pipeline, "--original": original}, {"--prompts": prompts, "--retain": retain}, out)
+    if targets is not None and not targets.exists():
+        raise ResourceError(f"--targets {targets}: no such picture or folder of pictures")
     for option, value in {"--classifier": classifier, "--features": features, "--clip": clip}.items():
         if value is not None and retain is None:
             raise ValueError(f"{option}: is measured on prompts that should have stayed: give --retain")
     if features is not None:
         _check_features(features)
+    from diffusion_unlearn.attacks.targets import read_targets
     from diffusion_unlearn.cli.attacking import attacks_of
     from diffusion_unlearn.cli.judging import judge_of
     from diffusion_unlearn.clip import ClipFeatures
     from diffusion_unlearn.evaluation import evaluate_erasure
+    from diffusion_unlearn.measuring import parts_of
     from diffusion_unlearn.prompts import read_prompts
     from robust_core.device import choose_device
     from robust_core.loading import load_model
 
     place = str(choose_device(device))
     kept = resume if resume is not None else None if out is None else out / UNFINISHED
-    attacks = attacks_of(chosen)
+    attacks, wanted = attacks_of(chosen), read_prompts(prompts).repeated(seeds)
+    pictures = None if targets is None else read_targets(targets, len(wanted), parts_of(pipeline, place))
     with console.progress() as report:
         result = evaluate_erasure(
-            pipeline, read_prompts(prompts).repeated(seeds), judge_of(read, device=place), original=original,
-            attacks=attacks, retain=None if retain is None else read_prompts(retain).repeated(seeds),
+            pipeline, wanted, judge_of(read, device=place), original=original,
+            attacks=attacks, targets=pictures, retain=None if retain is None else read_prompts(retain).repeated(seeds),
             classifier=None if classifier is None else load_model(classifier, device=place),
             features=None if features is None else features_of(features, device=place),
             clip=None if clip is None else ClipFeatures.from_folder(clip, device=place), convention=convention,
