@@ -1,5 +1,6 @@
 """A whole attack: rates by hand, resumed and shared as if never interrupted, stored, read back; bad input refused."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -176,13 +177,32 @@ def test_guidance_belongs_to_the_prompt(untrained: Any) -> None:
 
 
 def test_reduced_precision_runs(untrained: Any) -> None:
-    attacks = {"unlearndiffatk": UnlearnDiffAtk(k=2, timesteps=1, iterations=2), "p4d": P4D(2, timesteps=1)}
+    attacks: dict[str, Any] = {"unlearndiffatk": UnlearnDiffAtk(k=2, timesteps=1, iterations=2)}
     attacks["p4d"] = P4D(k=2, timesteps=1, iterations=2)
     report = attack_prompts(
         untrained, PROMPTS[:2], Words(), attacks, original=untrained, precision="bfloat16", **TINY
     )  # fmt: skip
     assert report.document["details"]["precision"] == "bfloat16"
     assert all(one is not None and one.n_gradients == 2 for one in report.found["p4d"])
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of diffusers' own schedulers, with numpy 2
+@pytest.mark.parametrize("kind", ["LMSDiscreteScheduler", "DPMSolverMultistepScheduler", "guided"])
+def test_victims_of_every_kind_are_attacked(untrained: Any, kind: str) -> None:
+    import diffusers
+
+    from diffusion_unlearn.erasure import SLD
+
+    if kind == "guided":
+        victim = SLD("three").fit(untrained)
+    else:
+        victim = copy.copy(untrained)
+        victim.scheduler = getattr(diffusers, kind).from_config(untrained.scheduler.config)
+    attacks: dict[str, Any] = {"unlearndiffatk": UnlearnDiffAtk(k=2, timesteps=1, iterations=2)}
+    attacks["inversion"] = ConceptInversion(k=2, steps=1)
+    report = attack_prompts(victim, PROMPTS[:2], Words(), attacks, original=untrained, **TINY)
+    assert all(one is not None and one.n_gradients == 2 for one in report.found["unlearndiffatk"])
+    assert all(one is not None and one.n_tries == 1 for one in report.found["inversion"])
 
 
 def test_activations_that_are_computed_again_change_nothing(untrained: Any) -> None:
