@@ -13,15 +13,17 @@ import json
 import os
 import sys
 from dataclasses import asdict, replace
+from typing import Any
 
 from optim_robust.collab.experiment import run_simulated
 from optim_robust.collab.launch import launch
+from optim_robust.collab.node import Shards
 from optim_robust.collab.processes import Liar
 from optim_robust.collab.recipe import Recipe, guarantee
 from optim_robust.collab.simulate import accuracy
 from robust_core.claim import versions
 
-STEPS = 200
+STEPS = 150
 RUNS = {"inside": (17, 2), "just beyond": (16, 2), "far beyond": (9, 2)}
 
 
@@ -31,7 +33,11 @@ def measure(honest: int, f: int, attack: str) -> dict[str, object]:
     done = launch(recipe.team, n, steps=STEPS, liars={liar: Liar(attack)}, kills={killed: STEPS // 3}, deadline_s=15.0)
     team = recipe.team()
     alone = replace(recipe, f=0, aggregator="mean")
-    calm = run_simulated(alone, alone.team(), None, steps=STEPS, test_every=STEPS)
+    shards = Shards(team.shards.x, team.shards.y, [r[:k] for r, k in zip(*_rows(team.shards, honest), strict=True)],
+                    generator=team.shards.seed)  # fmt: skip
+    network = replace(team.network, f=0)
+    calm_team = replace(team, shards=shards, mixing=alone.mixing(), network=network)
+    calm = run_simulated(alone, calm_team, None, steps=STEPS, test_every=STEPS)
     assert team.test is not None
     return {
         "peers": n,
@@ -53,6 +59,10 @@ def measure(honest: int, f: int, attack: str) -> dict[str, object]:
         "seconds_per_round_simulated": round(calm.round_seconds, 4),
         "recipe": asdict(recipe),
     }
+
+
+def _rows(shards: Shards, n: int) -> tuple[list[Any], list[int]]:
+    return list(shards.rows[:n]), shards.lengths[:n].tolist()
 
 
 def main() -> None:

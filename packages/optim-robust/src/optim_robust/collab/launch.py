@@ -12,6 +12,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -101,13 +102,17 @@ def launch(
         jobs[n] = "serve"
     clock, killed = time.perf_counter(), dict[int, int]()
     processes = {
-        rank: context.Process(target=_peer, args=(build, rank, n, store.port, steps, deadline_s, job), daemon=True)
+        rank: context.Process(
+            target=_peer, args=(build, rank, n, store.port, steps, deadline_s, timeout_s, job), daemon=True
+        )
         for rank, job in jobs.items()
     }
     training = [rank for rank in range(n) if jobs[rank] == "train"]
     try:
         for process in processes.values():
             process.start()
+        _all_ready(store, processes, clock + timeout_s)
+        store.set("go", "")
         _watch_over(store, processes, training, kills, killed, steps, clock + timeout_s, on_step)
         return _gathered(store, team, processes, training, killed, time.perf_counter() - clock)
     finally:
@@ -119,6 +124,14 @@ def launch(
                 process.join()
 
 
+def _all_ready(store: Store, processes: Mapping[int, BaseProcess], end: float) -> None:
+    """Return when every process that lives has built its team."""
+    waiting = dict(processes)
+    while waiting and time.perf_counter() < end:
+        waiting = {r: p for r, p in waiting.items() if p.is_alive() and not store.check([f"ready/{r}"])}
+        time.sleep(0.02)
+
+
 def _context(preload: Sequence[str]) -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -128,20 +141,26 @@ def _context(preload: Sequence[str]) -> Any:
 
 
 def _peer(
-    build: Callable[[], Team], rank: int, n: int, port: int, steps: int, deadline_s: float, job: str | Liar
-) -> None:
+    build: Callable[[], Team], rank: int, n: int, port: int, steps: int, deadline_s: float, timeout_s: float,
+    job: str | Liar,
+) -> None:  # fmt: skip
     """Run one process from its beginning to its end."""
     torch.set_num_threads(1)
     mailbox = StoreMailbox(open_store("127.0.0.1", port, False, 60.0), rank, n)
     try:
         team = build()
+        if job == "train":  # the first gradient imports and allocates: not in the time of the first round
+            team.program.gradients(team.program.start(1).theta, *team.shards.batch(torch.tensor([rank]), 0, 1))
+        mailbox.store.set(f"ready/{rank}", "")
+        mailbox.store.wait(["go"], timedelta(seconds=timeout_s))
+        words: dict[str, Any] = {"steps": steps, "deadline_s": deadline_s, "start_s": deadline_s}
         if isinstance(job, Liar):
             lie(team, mailbox, job, steps=steps)
         elif job == "serve":
-            serve(team, mailbox, steps=steps, deadline_s=deadline_s)
+            serve(team, mailbox, **words)
         else:
             tell = lambda done, run: mailbox.store.set(f"progress/{rank}", str(done))  # noqa: E731
-            _hand_in(mailbox, train_peer(team, mailbox, steps=steps, deadline_s=deadline_s, on_step=tell))
+            _hand_in(mailbox, train_peer(team, mailbox, on_step=tell, **words))
     except Exception as error:  # noqa: BLE001 - whatever it was, the caller shall read it
         mailbox.store.set(f"error/{rank}", f"{type(error).__name__}: {error}")
 
