@@ -14,9 +14,11 @@ and delay, but a mean that lies is no longer possible: each client averages what
 
 from __future__ import annotations
 
+import importlib
 import logging
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -29,12 +31,24 @@ from optim_robust.byzantine.vectors import AggregationError, TooFewMessagesError
 from optim_robust.collab.node import NodeProgram, Peers, Shards
 from optim_robust.collab.team import mix_heard
 from robust_core.checks import check_count
-from robust_core.errors import optional_import
+from robust_core.errors import MissingExtraError
 
 __all__ = ["aggregate_replies", "peer_round", "relay", "robust_strategy", "usable"]
 
 log = logging.getLogger(__name__)
 Arrays = Mapping[str, np.ndarray]
+
+
+def _flwr(part: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"flwr.{part}")
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("flwr"):
+            raise  # flwr is there, something that it needs is not
+        raise MissingExtraError(
+            "'flwr' (1.41 or so) is not installed: pip install flwr. It is never a dependency, since it caps what it "
+            "needs; an environment of its own is wise"
+        ) from error
 
 
 def usable(reply: Arrays, like: Arrays) -> str:
@@ -100,8 +114,7 @@ def robust_strategy(aggregator: Aggregator, **options: Any) -> Any:
     Raises:
         MissingExtraError: ``flwr`` is not installed.
     """
-    strategies = optional_import("flwr.serverapp.strategy", extra="flwr (pip install flwr)", package="optim-robust")
-    app = optional_import("flwr.app", extra="flwr (pip install flwr)", package="optim-robust")
+    strategies, app = _flwr("serverapp.strategy"), _flwr("app")
 
     class RobustAggregation(strategies.FedAvg):
         """FedAvg's rounds with another rule."""
@@ -179,8 +192,11 @@ def relay(
         timeout: seconds for the replies of a round; who is late is missing in the next.
         message_type: of the messages.
         on_step: called with (rounds done, replies).
+
+    Raises:
+        MissingExtraError: ``flwr`` is not installed.
     """
-    app = optional_import("flwr.app", extra="flwr (pip install flwr)", package="optim-robust")
+    app = _flwr("app")
     check_count("rounds", rounds)
     nodes, posted = sorted(grid.get_node_ids()), dict[int, Any]()
     for number in range(rounds + 1):
