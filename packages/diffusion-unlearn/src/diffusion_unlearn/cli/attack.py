@@ -10,7 +10,7 @@ import typer
 
 from diffusion_unlearn.cli.app import app
 from diffusion_unlearn.cli.attacking import HELP as ATTACKS
-from diffusion_unlearn.cli.attacking import check_attacks
+from diffusion_unlearn.cli.attacking import check_attacks, defaults
 from diffusion_unlearn.cli.evaluate import PRECISIONS, UNFINISHED, check_places
 from diffusion_unlearn.cli.judging import HELP as JUDGES
 from diffusion_unlearn.cli.judging import check_judge
@@ -20,12 +20,6 @@ from robust_core.errors import ResourceError
 from robust_core.words import check_word
 
 __all__ = ["attack"]
-
-
-def defaults(*, original: bool, targets: bool) -> list[str]:
-    """Return the attacks of a run that names none: all that what is at hand allows."""
-    found = ["unlearndiffatk"] if original or targets else []
-    return [*found, *(["p4d"] if original else []), "random", "seed"]
 
 
 @app.command()
