@@ -74,7 +74,8 @@ class Scene:
 
     def std(self) -> Tensor:
         """Return their standard deviation, (d,); 0 for a single sender."""
-        return self.honest.std(0) if len(self.honest) > 1 else torch.zeros_like(self.honest[0])
+        squares = (self.honest - self.mean()).square_().sum(0)  # a reduction along the short side: faster than std(0)
+        return squares.div_(max(1, len(self.honest) - 1)).sqrt_()
 
     def all_send(self, vector: Tensor) -> Tensor:
         """Return (f, d): every faulty sender sends ``vector``."""

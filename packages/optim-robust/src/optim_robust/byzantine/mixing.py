@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from optim_robust.byzantine.geometry import combine, distances_to, pairwise, working_dtype
+from optim_robust.byzantine.geometry import combine, distances_to
 from optim_robust.byzantine.vectors import (
     AggregationError,
     TooFewMessagesError,
@@ -25,9 +25,6 @@ from optim_robust.byzantine.vectors import (
 from robust_core.checks import check_count, check_number
 
 __all__ = ["Aggregation", "Mixing", "NearestNeighbors", "SelfCenteredClipping", "heard_finite"]
-
-SHORT = 1 << 16
-"""Vectors up to this length are compared all at once, longer ones peer by peer in chunks."""
 
 
 class Mixing(Protocol):
@@ -101,23 +98,13 @@ class NearestNeighbors:
 
 def _squared(pool: Tensor, own: Tensor, heard: Tensor) -> Tensor:
     """Return (k, m) squared distances from each peer's own row; -1 to itself, infinite to what it did not hear."""
-    if pool.shape[1] > SHORT and len(own) > 4 and bool(heard.any(0).all()):  # one Gram matrix beats a pass for each
-        found = pairwise(pool)[own].masked_fill(~heard, torch.inf)
-    else:
-        found = _from_points(pool, pool[own], heard)
+    found = _from_points(pool, pool[own], heard)
     found[torch.arange(len(own), device=pool.device), own] = -1.0
     return found
 
 
 def _from_points(pool: Tensor, points: Tensor, heard: Tensor) -> Tensor:
     """Return (k, m) squared distances from (k, d) points to the rows heard; infinite to the others."""
-    if pool.shape[1] <= SHORT:
-        wide = working_dtype(pool)
-        rows, point, mode = pool.to(wide), points.to(wide), "donot_use_mm_for_euclid_dist"
-        found = torch.cdist(point, rows, compute_mode=mode).double().square()
-        if not bool(torch.isfinite(found[heard]).all()):
-            found = torch.cdist(point.double(), rows.double(), compute_mode=mode).square()
-        return found.masked_fill(~heard, torch.inf)
     found = torch.full(heard.shape, torch.inf, dtype=torch.float64, device=pool.device)
     for point, mask, row in zip(points, heard, found, strict=True):
         row[mask] = distances_to(pool if bool(mask.all()) else pool[mask], point)
