@@ -42,7 +42,7 @@ _SOME = (30, 25, 20, 15, 10)
 _REGIONS = (2, 3, 5, 7, 10)
 _GRID = 5
 _RADIUS = 0.5
-_AT_ONCE = 8
+_AT_ONCE = 4
 """Clouds whose 125 weights a point are held at once: what fits the caches."""
 _CELL = math.radians(4)
 _DEPTH = 0.15
@@ -154,12 +154,13 @@ def _warp(cloud: Cloud, level: int, draws: Draws, *, inverse: bool) -> Cloud:
     quadratic = torch.cat([-2 * points, ones, points.square().sum(1, keepdim=True) + _RADIUS**2], 1)
     out, n = torch.empty_like(cloud.planes), len(points)
     for rows in torch.arange(len(out)).split(_AT_ONCE):
-        planes = cloud.planes[rows].to(torch.float32)
-        one = torch.ones_like(planes[:, :1])
-        squared = quadratic @ torch.cat([planes, planes.square().sum(1, keepdim=True), one], 1)
-        kernel = squared.clamp_min_(_RADIUS**2)
-        kernel = kernel.rsqrt_() if inverse else kernel.sqrt_()
-        shift = coefficients[rows, :, :n] @ kernel + coefficients[rows, :, n:] @ torch.cat([one, planes], 1)
+        planes = cloud.planes[rows].to(torch.float32).transpose(0, 1)  # (3, B, N), so that one product serves all
+        one = torch.ones_like(planes[:1])
+        lifted = torch.cat([planes, planes.square().sum(0, keepdim=True), one])
+        squared = (quadratic @ lifted.flatten(1)).clamp_min_(_RADIUS**2)
+        kernel = (squared.rsqrt_() if inverse else squared.sqrt_()).unflatten(1, planes.shape[1:]).transpose(0, 1)
+        affine = torch.cat([one, planes]).transpose(0, 1)
+        shift = coefficients[rows, :, :n] @ kernel + coefficients[rows, :, n:] @ affine
         out[rows] = cloud.planes[rows] + shift.to(out.dtype)
     return unit_box(cloud.in_planes(out))
 
