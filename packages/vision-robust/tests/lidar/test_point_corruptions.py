@@ -1,6 +1,9 @@
 """Corruptions of clouds: repeatable whatever the batch, exact counts, the published rules as plain loops."""
 
 import math
+import subprocess
+import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -285,3 +288,21 @@ def test_refused():
         corrupt_batch(cloud[None], "kitti-c/rain", 1, index=torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="registry"):
         corruptions("nuscenes-c")
+
+
+def test_optional_libraries_wait_until_they_are_needed():
+    """Every module but the drawing of rays is imported and used with open3d, h5py and pyarrow out of reach."""
+    program = """
+import sys
+for name in ("open3d", "libusb_package", "h5py", "pyarrow"):
+    sys.modules[name] = None
+import torch
+from vision_robust.lidar import argoverse, birds_eye, boxes, corruptions, kitti, metrics, modelnet, simulator, sources
+from vision_robust.lidar import tracking, types
+out = corruptions.corrupt(torch.rand(50, 4), "kitti-c/gaussian", 1)
+kitti.write_kitti(sys.argv[1], [("0", [types.Frame(out)])])
+print(len(kitti.KittiObject(sys.argv[1], camera_view=False)[0].points))
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "50", done.stderr

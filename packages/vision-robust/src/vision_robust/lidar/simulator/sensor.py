@@ -191,8 +191,6 @@ def simulate(
     hit = np.flatnonzero(seen)
     thing = owners[cast["primitive_ids"].numpy()[hit]]
     normals, ray = cast["primitive_normals"].numpy()[hit], directions[hit]
-    cosine = np.abs((normals * ray).sum(1)) / np.maximum(np.linalg.norm(normals, axis=1), 1e-12)
-    albedo = np.array([t.albedo for t in things], np.float32)
     measured = distance[hit]
     if spec.range_sigma_m > 0:
         noise = streams.coarse_normal((len(distance),))[0].numpy()[hit]
@@ -201,13 +199,19 @@ def simulate(
     hits = np.bincount(thing, minlength=len(things))
     return Sweep(
         xyz=torch.from_numpy(ray * measured[:, None]),
-        intensity=torch.from_numpy(np.clip(cosine * albedo[thing], 0, 1).astype(np.float32)),
+        intensity=torch.from_numpy(_reflected(ray, normals, np.array([t.albedo for t in things])[thing])),
         ring=torch.from_numpy(beam),
         thing=torch.from_numpy(thing),
         t_ns=torch.from_numpy(firing * (100_000_000 // spec.n_azimuths)),
         hits=torch.from_numpy(hits),
         rays=torch.from_numpy(_alone(things, pose, rays, hits, spec, threads) if occlusion else hits),
     )
+
+
+def _reflected(rays: np.ndarray, normals: np.ndarray, albedo: np.ndarray) -> np.ndarray:
+    """Return (N,) float32 |cos of the incidence| times albedo."""
+    cosine = np.abs((normals * rays).sum(1)) / np.maximum(np.linalg.norm(normals, axis=1), 1e-12)
+    return np.clip(cosine * albedo, 0, 1).astype(np.float32)
 
 
 def _alone(
