@@ -13,6 +13,7 @@ from torch import Tensor
 from robust_core.testing.case import Case
 
 __all__ = [
+    "AGGREGATOR_CHECKS",
     "aggregator_gives_one_vector",
     "aggregator_leaves_everything_as_found",
     "aggregator_refuses_bad_input",
@@ -98,3 +99,13 @@ def _refuses(subject: Callable[[Tensor], Tensor], value: Tensor, what: str) -> N
         _require(len(str(error)) > 10, f"{what}: the error says nothing")
         return
     raise AssertionError(f"{what} was accepted")
+
+
+AGGREGATOR_CHECKS = (
+    aggregator_gives_one_vector,
+    aggregator_repeats_and_ignores_order,
+    aggregator_leaves_everything_as_found,
+    aggregator_returns_what_all_send,
+    aggregator_withstands_the_faulty,
+    aggregator_refuses_bad_input,
+)

@@ -18,14 +18,7 @@ from torch import Tensor, nn
 
 from robust_core.methods import MethodCard, load
 from robust_core.models import frozen, predict_logits
-from robust_core.testing.aggregator_checks import (
-    aggregator_gives_one_vector,
-    aggregator_leaves_everything_as_found,
-    aggregator_refuses_bad_input,
-    aggregator_repeats_and_ignores_order,
-    aggregator_returns_what_all_send,
-    aggregator_withstands_the_faulty,
-)
+from robust_core.testing.aggregator_checks import AGGREGATOR_CHECKS
 from robust_core.testing.case import Case
 from robust_core.testing.solver_checks import (
     solver_answers_truthfully,
@@ -497,14 +490,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     ),
     "defence": (defence_is_a_classifier, defence_declares_itself, defence_saves_and_loads),
     "policy": (policy_acts_inside_its_space, policy_repeats_and_ignores_company, policy_saves_and_loads),
-    "aggregator": (
-        aggregator_gives_one_vector,
-        aggregator_repeats_and_ignores_order,
-        aggregator_leaves_everything_as_found,
-        aggregator_returns_what_all_send,
-        aggregator_withstands_the_faulty,
-        aggregator_refuses_bad_input,
-    ),
+    "aggregator": AGGREGATOR_CHECKS,
     "solver": (solver_answers_truthfully, solver_repeats, solver_knows_infeasible, solver_refuses_bad_input),
     "data": (data_repeats_and_ignores_order,),
     "measure": (measure_repeats,),
