@@ -27,7 +27,7 @@ from optim_robust.two_stage import (
 )
 from optim_robust.two_stage.adversary import ROW_TOLERANCE
 from optim_robust.two_stage.evaluate import evaluate_boxes, evaluate_points
-from optim_robust.uncertainty import Box, Budget, Discrete
+from optim_robust.uncertainty import Box, Budget, Discrete, Polyhedron
 
 DATA = Path(__file__).parents[1] / "data" / "robust_knapsack"
 
@@ -89,6 +89,44 @@ def test_capital_budgets_of_three_projects_agree_with_brute_force():
         found = ExactCCG().solve(problem)
         assert found.status == Status.OPTIMAL
         assert found.worst_case == pytest.approx(slow_optimum(problem), abs=2e-4)
+
+
+def random_problem(seed):
+    """Two binaries in each stage, everything uncertain: costs, both matrices, right-hand sides."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return rng.integers(-3, 4, shape).astype(float)
+
+    corner = Polyhedron([[1.0, 1.0], [-1.0, 0.0], [0.0, -1.0]], [1.0, 0.5, 0.5])
+    return TwoStageProblem(
+        x=Stage.of(2), y=Stage.of(2), uncertainty=[Box([-1, -1], [1, 1]), Budget([1.0, 1.0], 1.5), corner][seed % 3],
+        c=AffineVector(draw(2), draw(2, 2) / 2), d=AffineVector(draw(2), draw(2, 2) / 2),
+        constant=AffineVector([1.0], [[0.3, -0.2]]), technology=AffineMatrix(draw(2, 2), {0: draw(2, 2) / 2}),
+        recourse=AffineMatrix(draw(2, 2), {1: draw(2, 2) / 2}),
+        rhs=AffineVector(rng.integers(0, 4, 2).astype(float), draw(2, 2) / 2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_problems_with_everything_uncertain_agree_with_brute_force(seed):
+    problem = random_problem(seed)
+    truth = {x: slow_worst_case(problem, np.array(x)) for x in itertools.product((0.0, 1.0), repeat=2)}
+    for x, value in truth.items():
+        worst = problem.evaluate(x)
+        assert worst.certified
+        if value > 1e5:  # no plan is left: the reference's ceiling
+            assert worst.value == math.inf
+            assert problem.recourse(np.array(x), worst.xi).value == math.inf
+        else:
+            assert worst.value == pytest.approx(value, abs=2e-3)  # the row tolerance moves the edge
+    best = min(truth.values())
+    found = ExactCCG().solve(problem)
+    if best > 1e5:
+        assert found.status == Status.INFEASIBLE
+    else:
+        assert found.worst_case == pytest.approx(best, abs=3e-3)
+        assert found.lower_bound <= best + 1e-6
 
 
 def test_worst_cases_bound_every_sample_and_are_attained():

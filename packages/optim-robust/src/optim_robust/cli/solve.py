@@ -68,5 +68,5 @@ def solve(
             console.info(f"flag: {flag}")
         if out is not None:
             console.info(f"report: {out / 'report.html'}")
-    if not row["x"]:
+    if row["objective"] is None:
         raise typer.Exit(1)
