@@ -64,6 +64,7 @@ class ErasureObjective(RandomObjective):
                 "both: train the UNet"
             )
         self.component, self.names = component, list(names)
+        self.modes_are_kept = False  # by train(), so that they need not be put back after every call
 
     @property
     def model(self) -> nn.Module:
@@ -85,7 +86,7 @@ class ErasureObjective(RandomObjective):
     ) -> Conditioning:
         """Return what the student is told; see :meth:`~diffusion_unlearn.pipeline.TextToImage.encode`."""
         encoders = [model] if self.component == "text_encoder" else None
-        with _as_used(model):
+        with self._as_used(model):
             return self.parts.encode(prompts, ids=ids, embeddings=embeddings, encoders=encoders)
 
     def student(self, model: nn.Module, latents: Tensor, times: Tensor, condition: Conditioning) -> Tensor:
@@ -94,9 +95,21 @@ class ErasureObjective(RandomObjective):
         In at least float32, whatever the precision of the networks: losses are small differences.
         """
         unet = model if self.component == "unet" else self.parts.pipe.unet
-        with _as_used(model):
+        with self._as_used(model):
             found = self.parts.predict(latents, times, condition, unet=unet)
         return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    @contextmanager
+    def _as_used(self, model: nn.Module) -> Iterator[None]:
+        """Train as it will be used: dropout of an encoder would blur its targets."""
+        modes = [module for module in model.modules() if module.training] if model.training else []
+        for module in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in [] if self.modes_are_kept else modes:
+                module.training = True
 
     def of_states(self, model: nn.Module, states: States, condition: Conditioning) -> Tensor:
         """Return what the edited pipeline predicts of the states of a pool."""
@@ -116,19 +129,6 @@ class ErasureObjective(RandomObjective):
         which, where = rows.unique(return_inverse=True)
         found = self.condition(model, [prompts[int(i)] for i in which])
         return found[where.to(found.hidden.device)]
-
-
-@contextmanager
-def _as_used(model: nn.Module) -> Iterator[None]:
-    """Train as it will be used: dropout of an encoder would blur its targets."""
-    modes = [module for module in model.modules() if module.training]
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        for module in modes:
-            module.training = True
 
 
 class TrainedErasure(ABC):
