@@ -213,6 +213,13 @@ def test_equal_honest_vectors_are_the_answer(name: str, f: int) -> None:
     assert torch.allclose(RULES[name](f)(x), honest[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", list(AGGREGATORS))
+def test_rules_that_say_so_treat_each_coordinate_alone(name: str) -> None:
+    x, rule = draw(11, 12), AGGREGATORS[name](2)
+    halves = torch.cat([rule(x[:, :5].contiguous()), rule(x[:, 5:].contiguous())])
+    assert torch.allclose(halves, rule(x), atol=1e-6) == rule.columnwise or name == "centered-clipping"
+
+
 @every_rule
 def test_duplicates_and_ties_have_one_answer(name: str) -> None:
     x = draw(11, 9).round()

@@ -57,6 +57,8 @@ class Aggregator(nn.Module):
 
     proved: str | None = None
     """The key of :func:`optim_robust.byzantine.theory.kappa`, or None where no constant is proved."""
+    columnwise: bool = False
+    """Whether each coordinate is treated alone (see :class:`optim_robust.byzantine.mixing.Aggregation`)."""
 
     def __init__(self, f: int = 0, *, nonfinite: str = "raise") -> None:
         super().__init__()
@@ -101,6 +103,7 @@ class Mean(Aggregator):
     """The mean: what everyone uses, and what one liar decides. It takes an ``f`` only to be compared with."""
 
     proved = "mean"
+    columnwise = True
 
     def rule(self, x: Tensor, f: int) -> Tensor:
         """Return the mean."""
@@ -111,6 +114,7 @@ class Median(Aggregator):
     """Coordinate-wise median."""
 
     proved = "median"
+    columnwise = True
 
     def rule(self, x: Tensor, f: int) -> Tensor:
         """Return the median of each coordinate."""
@@ -121,6 +125,7 @@ class TrimmedMean(Aggregator):
     """Coordinate-wise mean without the f smallest and f largest values."""
 
     proved = "trimmed-mean"
+    columnwise = True
 
     def rule(self, x: Tensor, f: int) -> Tensor:
         """Return the trimmed mean of each coordinate."""
@@ -131,6 +136,7 @@ class MeaMed(Aggregator):
     """Mean of the n - f values nearest to the median, in each coordinate."""
 
     proved = "meamed"
+    columnwise = True
 
     def rule(self, x: Tensor, f: int) -> Tensor:
         """Return the mean around the median."""
@@ -141,6 +147,7 @@ class Phocas(Aggregator):
     """Mean of the n - f values nearest to the trimmed mean, in each coordinate."""
 
     proved = "phocas"
+    columnwise = True
 
     def rule(self, x: Tensor, f: int) -> Tensor:
         """Return the mean around the trimmed mean."""
