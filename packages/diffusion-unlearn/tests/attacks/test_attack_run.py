@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +129,28 @@ def test_a_run_goes_on_where_it_stopped(untrained: Any, tmp_path: Path, monkeypa
         attack_prompts(untrained, PROMPTS, Words("drei"), suite(), original=original, resume=tmp_path, **TINY)
 
 
-def test_processes_share_a_run_and_change_nothing(untrained: Any, tmp_path: Path) -> None:
+def test_processes_share_a_run_and_change_nothing(
+    untrained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from diffusion_unlearn.judges import judge_digit
 
     untrained.save_pretrained(tmp_path / "pipe")
     small: dict[str, Any] = {**TINY, "original": tmp_path / "pipe"}
     attacks = {"unlearndiffatk": UnlearnDiffAtk(k=2, timesteps=1, iterations=2)}
     one = attack_prompts(tmp_path / "pipe", PROMPTS, judge_digit(3), attacks, **small)
+    sent: list[tuple[str, int, int]] = []
+
+    def elsewhere(function: Any, inputs: Any, *, backend: str, workers: int, on_step: Any) -> list[Any]:
+        """Do what a process does that is sent the work, in reverse order."""
+        sent.append((backend, workers, len(inputs)))
+        theirs: Any = pickle.loads(pickle.dumps(function))  # noqa: S301 - what was written right here
+        done = {number: theirs(inputs[number]) for number in reversed(range(len(inputs)))}
+        on_step(len(inputs), len(inputs))
+        return [done[number] for number in range(len(inputs))]
+
+    monkeypatch.setattr(running, "run_shards", elsewhere)
     two = attack_prompts(tmp_path / "pipe", PROMPTS, judge_digit(3), attacks, workers=2, **small)
+    assert sent == [("here", 2, 1), ("processes", 2, 2)]
     assert one.document["details"] == two.document["details"]
     assert one.document["figures"] == two.document["figures"]
 
