@@ -124,6 +124,21 @@ def test_what_is_known_of_a_first_stage_is_not_judged_again_and_the_bound_stays_
         assert program.solve().value >= value - 1e-5 * abs(value)
 
 
+def test_anchored_scenarios_are_priced_and_the_oldest_goes() -> None:
+    problem = RobustKnapsack.random(5, generator=7)
+    main = MainProblem(Neur2RO(_model(seed=4)).instance(problem), mip_gap=0.0)
+    first, second, third = problem.sample_uncertainty(3, scheme="mixed", generator=2)
+    main.add_scenario(problem.uncertainty.nominal)
+    for xi in (first, second, second, third):
+        main.anchor(xi, 2)
+    assert len(main.anchors) == 2
+    answer, x = main.solve(Deadline(20))
+    assert x is not None
+    worst = [problem.first_stage_cost(x, xi) + problem.recourse(x, xi).value for xi in (second, third)]
+    assert answer.value >= max(worst) - 1e-6 * abs(answer.value)
+    assert answer.bound <= _optimum(problem) + 1e-6 * abs(answer.value)
+
+
 def test_the_adversaries_agree_and_the_program_is_never_worse() -> None:
     problem = RobustKnapsack.random(5, generator=2)
     instance = Neur2RO(_model(seed=5)).instance(problem)

@@ -135,8 +135,8 @@ def run(seed: int, scale: Scale) -> Figures:
     instances = _instances(seed, scale)
     limit = 15.0 if scale == "quick" else 30.0
     solvers = {
-        "trained": Neur2RO(trained, time_limit=limit),
-        "untrained": Neur2RO(control, time_limit=limit),
+        "trained": Neur2RO(trained, time_limit=limit, anchors=0),  # the network alone judges what is not yet known
+        "untrained": Neur2RO(control, time_limit=limit, anchors=0),
         "argmax": Neur2RO(trained, time_limit=limit, verify=False, incumbent="last"),
         "max": Neur2RO(trained, time_limit=limit, verify=False, incumbent="last", mode="max"),
         "static": StaticRobust(),

@@ -15,12 +15,12 @@ Paper: Dumouchelle, Julien, Kurtz and Khalil 2024, "Neur2RO: Neural Two-Stage Ro
 
 Departures, each an option: labels in units of each instance (``label_scaling="per_instance"``); samples where the two
 players meet (``sampler="aligned"``) and a share of the loss on differences between scenarios (``contrast``): the plain
-error is dominated by differences between decisions, about which the loop never asks; the planner is told what
-visited decisions truly cost (``verify``); conditional gradients in place of projected ones. ``verify=False``,
-``incumbent="last"``, ``label_scaling="per_size"``, ``sampler="paper"``, ``contrast=0`` is the paper's method. The first
-planner's problem takes the nominal scenario (the paper lets the planner choose, which is bilinear). Reconstructed:
-the programs without indicator constraints, all big-M, the certificate. Defaults of data, training and tolerances are
-the paper's.
+error is dominated by differences between decisions, about which the loop never asks; the planner is told what visited
+decisions truly cost (``verify``), and prices the true worst cases met last (``anchors``); conditional gradients in
+place of projected ones. ``verify=False``, ``incumbent="last"``, ``label_scaling="per_size"``, ``sampler="paper"``,
+``contrast=0`` is the paper's method. The first planner's problem takes the nominal scenario (the paper lets the planner
+choose, which is bilinear). Reconstructed: the programs without indicator constraints, all big-M, the certificate.
+Defaults of data, training and tolerances are the paper's.
 """
 
 from optim_robust.neur2ro.families import CAPITAL_BUDGETING, KNAPSACK, Family, family_of, fixed

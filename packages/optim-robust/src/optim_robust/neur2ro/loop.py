@@ -88,6 +88,8 @@ class Neur2RO:
         verify: tell the planner what the first stages met so far truly cost, let their true worst cases join the
             scenarios when the network has nothing to add, and end when the planner comes back to one it knows. The
             paper's loop (False) trusts the network to the end.
+        anchors: how many of the true worst cases met last are priced with a recourse of their own, whatever the network
+            thinks of them (with ``verify``): a step from the paper towards exact generation of columns and constraints.
         incumbent: report the ``"best"`` first stage met, by its true worst case, or the ``"last"`` (the paper's).
         time_limit: seconds for one problem, evaluation included; the paper's is 3 hours.
         mip_gap: relative gap of both programs.
@@ -103,9 +105,9 @@ class Neur2RO:
 
     def __init__(
         self, model: ValueModel, *, family: Family | None = None, mode: str = "argmax", adversary: str = "milp",
-        bounds: str = "lp", verify: bool = True, incumbent: str = "best", time_limit: float = 10_800.0,
-        mip_gap: float = 1e-3, max_scenarios: int = 20, tol: float = 1e-4, root_bound: bool = False,
-        generator: Seed = None,
+        bounds: str = "lp", verify: bool = True, anchors: int = 2, incumbent: str = "best",
+        time_limit: float = 10_800.0, mip_gap: float = 1e-3, max_scenarios: int = 20, tol: float = 1e-4,
+        root_bound: bool = False, generator: Seed = None,
     ) -> None:  # fmt: skip
         if not isinstance(model, ValueModel):
             raise TypeError(
@@ -116,6 +118,7 @@ class Neur2RO:
         self.adversary = check_choice("adversary", adversary, ADVERSARIES)
         self.bounds = check_choice("bounds", bounds, METHODS)
         self.verify = bool(verify)
+        self.anchors = check_count("anchors", anchors, low=0)
         self.incumbent = check_choice("incumbent", incumbent, INCUMBENTS)
         self.time_limit = check_number("time_limit", float(time_limit), low=0.0, open_low=True)
         self.mip_gap = check_number("mip_gap", mip_gap, low=0.0)
@@ -210,6 +213,8 @@ class Neur2RO:
         """Let the adversary answer; return whether the loop is over."""
         if self.verify:
             main.learn(x, worst.value)
+            if worst.xi is not None:
+                main.anchor(worst.xi, self.anchors)
         xi, value, _ = adversary.worst(x, clock.at_most(max(0.05, SHARE * clock.limit)))
         if self._done(main, x, xi, value):
             if not self.verify or worst.xi is None or (again and _known(main, worst.xi)):

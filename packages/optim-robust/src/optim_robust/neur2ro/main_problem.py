@@ -100,6 +100,7 @@ class MainProblem:
         self.deadline = Deadline() if deadline is None else deadline
         self.front = tighten(instance.decision, self.region, bounds, deadline=self._until())
         self.heads: list[tuple[list[Layer], list[tuple[Array, Array]]]] = []
+        self.anchors: list[Array] = []
         self.visited: dict[bytes, tuple[Array, float]] = {}
         self.known: list[Array] = []  # first stages met so far, to start from
         self.n_binaries = self.n_relu = 0
@@ -124,6 +125,11 @@ class MainProblem:
         """Tell the planner what ``x`` truly costs at worst, or a lower bound of it."""
         if self.mode == "argmax" and two_valued(self.instance.features, self.instance.problem.x.integer).all():
             self.visited[np.round(x).tobytes()] = (x, value)
+
+    def anchor(self, xi: Array, most: int) -> None:
+        """Price one more scenario whatever the network thinks of it; the oldest of more than ``most`` is dropped."""
+        if most and not any(np.abs(xi - old).max() < 1e-6 for old in self.anchors):
+            self.anchors = [*self.anchors, xi][-most:]
 
     def solve(self, deadline: Deadline) -> tuple[Answer, Array | None]:
         """Solve for the present scenarios; return the answer and x (None without an incumbent)."""
@@ -165,8 +171,18 @@ class MainProblem:
         eye = sparse.identity(len(outputs))
         program.add_rows([(np.ones((len(outputs), 1)), eta), (-eye, outputs), (sparse.diags(big), chosen)], upper=big)
         self._true_cost(program, x, chosen)
+        self._anchor(program, x)
         self._cut(program, x)
         return program, x
+
+    def _anchor(self, program: Program, x: NDArray[np.int32]) -> None:
+        """Let the cost be no less than that of each anchored scenario, with a recourse of its own."""
+        problem, priced = self.instance.problem, np.flatnonzero(program.cost)
+        price, offset = program.cost[priced].copy(), program.offset
+        for xi in self.anchors:
+            y = problem.scenario_block(program, x, xi)
+            terms = [(price[None], priced), (-problem.c.at(xi)[None], x), (-problem.d.at(xi)[None], y)]
+            program.add_rows(terms, lower=float(problem.c0.at(xi)[0]) - offset)
 
     def _cut(self, program: Program, x: NDArray[np.int32]) -> None:
         """Let no visited first stage cost less than it truly does."""
@@ -224,7 +240,8 @@ class MainProblem:
         shifts = [float(problem.c0.at(xi)[0]) - program.offset for xi in self.scenarios]
         ranges = np.array([self._range(extra) for extra in extras]) + np.array(shifts)[:, None]
         floor = float(ranges[:, 0].min())
-        theta = program.add_variables(np.array([floor]), float(ranges[:, 1].max()), cost=1.0)
+        # no upper bound: what is known of a first stage may lie above the cost of every chosen scenario
+        theta = program.add_variables(np.array([floor]), np.inf, cost=1.0)
         big = np.maximum(ranges[:, 1] - floor, 0.0)
         both = np.concatenate([x, y])
         rows = [
