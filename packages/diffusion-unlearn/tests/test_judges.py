@@ -104,7 +104,9 @@ def test_pictures_are_brought_to_the_size_of_the_network() -> None:
         seen.append(tuple(x.shape[1:]))
         return x.mean((2, 3))
 
-    ClassifierJudge(classify, 0, size=4)(torch.rand(2, 3, 9, 7))
+    judge = ClassifierJudge(classify, 0, size=4)
+    judge(torch.rand(2, 3, 9, 7))
+    assert judge.rule == "class 0 is first, at 4 x 4"
     assert seen == [(3, 4, 4)]
 
 

@@ -206,9 +206,10 @@ class ClassifierJudge:
     def rule(self) -> str:
         """What the score is and what counts, in words."""
         which = f"class {self.classes[0]}" if len(self.classes) == 1 else f"one of the classes {self.classes}"
+        size = "" if self.size is None else f", at {self.size} x {self.size}"
         if self.top_k is None:
-            return f"probability of {which}"
-        return f"{which} is first" if self.top_k == 1 else f"{which} is among the {self.top_k} best"
+            return f"probability of {which}{size}"
+        return f"{which} is first{size}" if self.top_k == 1 else f"{which} is among the {self.top_k} best{size}"
 
     def logits(self, images: Tensor) -> Tensor:
         """Return (B, K) logits of (B, C, H, W) images, on the images' device."""

@@ -103,7 +103,8 @@ class NetworkFeatures:
         batch_size: int = 64,
     ) -> None:
         self.network, self.size = network, None if size is None else check_count("size", size)
-        self.name, self.version = name or type(network).__name__, version or fingerprint(network)[:12]
+        self.name = (name or type(network).__name__) + ("" if size is None else f" at {size} x {size}")
+        self.version = version or fingerprint(network)[:12]
         self.batch_size = check_count("batch_size", batch_size)
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -104,4 +104,4 @@ def test_pictures_of_the_concept_stand_in_for_the_original(
 def test_features_are_those_of_the_words() -> None:
     assert features_of("pixels:5", device="cpu").name == "pixels 5 x 5"
     network: Any = features_of("torch.nn:Identity,size=4", device="cpu")
-    assert (network.name, network.size) == ("torch.nn:Identity", 4)
+    assert (network.name, network.size) == ("torch.nn:Identity at 4 x 4", 4)
