@@ -36,17 +36,7 @@ from robust_core.certificates.bounds import activation_bounds
 from robust_core.checks import check_choice
 from robust_core.errors import UnsupportedLayerError
 
-__all__ = [
-    "METHODS",
-    "Embedding",
-    "InputSet",
-    "Layer",
-    "embed",
-    "embed_relu_network",
-    "layers_of",
-    "module_of",
-    "tighten",
-]
+__all__ = ["Embedding", "InputSet", "Layer", "embed", "embed_relu_network", "layers_of", "module_of", "tighten"]
 
 Array = NDArray[np.float64]
 Bounds = tuple[Array, Array]
@@ -61,10 +51,7 @@ SLACK = 1e-9
 class Layer:
     """``value = weight @ input + bias``, then ``max(0, .)`` where ``relu``.
 
-    Attributes:
-        weight: (out, in) sparse.
-        bias: (out,).
-        relu: whether an activation follows.
+    ``weight`` is (out, in) sparse, ``bias`` (out,).
     """
 
     weight: Matrix
@@ -96,11 +83,7 @@ class Layer:
 class InputSet:
     """``{v : lower <= v <= upper, matrix @ v <= bound}``: where inputs of the network may lie.
 
-    Attributes:
-        lower: (d,) finite.
-        upper: (d,) finite.
-        matrix: (m, d) sparse.
-        bound: (m,).
+    ``lower`` and ``upper`` are (d,) and finite, ``matrix`` is (m, d) sparse, ``bound`` (m,).
     """
 
     lower: Array
