@@ -184,6 +184,13 @@ def test_what_was_found_survives_json() -> None:
         assert repr(again) == repr(one)
 
 
+def test_two_attacks_of_one_kind_are_two_attacks(untrained: Any) -> None:
+    attacks = {"random": RandomPrefix(k=2, n_tries=2), "random 2": RandomPrefix(k=2, n_tries=2)}
+    report = attack_prompts(untrained, PROMPTS, Words(), attacks, **TINY)
+    first, second = ([one and one.text for one in report.found[label]] for label in attacks)
+    assert all(a != b for a, b in zip(first, second, strict=True))
+
+
 def test_guidance_belongs_to_the_prompt(untrained: Any) -> None:
     both = PromptSet((Prompt("three", 0, 4.0), Prompt("three", 0)))
     report = attack_prompts(untrained, both, Words(), {"seed": SeedSearch(1)}, **TINY)

@@ -77,6 +77,7 @@ class Scene:
         latents: (B, C, H, W) of pictures of the concept, for attacks that need such.
         original: the pipeline before the erasure, likewise.
         seed: of everything random.
+        label: of the attack in its run; its name if empty.
         precision: of losses: ``"float32"``, ``"bfloat16"`` or ``"float16"`` (mixed).
         gradient_checkpointing: compute activations of the UNet again instead of keeping them.
         on_step: called with (what is done, steps done, steps in all).
@@ -89,6 +90,7 @@ class Scene:
     latents: Tensor | None = None
     original: TextToImage | None = None
     seed: int = 0
+    label: str = ""
     precision: str = "float32"
     gradient_checkpointing: bool = False
     on_step: OnStep | None = None
@@ -132,8 +134,8 @@ class PromptAttack:
         del parts, prompts
 
     def seed(self, scene: Scene) -> int:
-        """Return the seed of this attack: attacks of one run share no random numbers."""
-        return derive(scene.seed, "attack", self.name)
+        """Return the seed of this attack: attacks of one run share no random numbers, nor do two of one kind."""
+        return derive(scene.seed, "attack", scene.label or self.name)
 
 
 def first_hits(drawing: Drawing, options: Sequence[Sequence[Try]], report: Callable[[int, int], None]) -> list[Found]:

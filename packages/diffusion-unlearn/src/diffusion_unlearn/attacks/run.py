@@ -89,7 +89,7 @@ def _do(shard: Shard, *, setting: Setting, on_step: OnStep | None = None) -> lis
     if shard.name:
         attack = setting.attacks[shard.name]
         scene = Scene(
-            victim, tries, shard.rows, drawing, seed=setting.seed, precision=setting.precision,
+            victim, tries, shard.rows, drawing, seed=setting.seed, label=shard.name, precision=setting.precision,
             gradient_checkpointing=setting.gradient_checkpointing, on_step=on_step,
         )  # fmt: skip
         if attack.needs_original or attack.needs_target:
@@ -201,6 +201,32 @@ def _work(
     return [[Found.from_json(row) for row in found or ()] for found in rows]
 
 
+def _check_workers(workers: int, **pipelines: Any) -> None:
+    for label, given in pipelines.items():
+        if workers > 1 and given is not None and not isinstance(given, str | os.PathLike):
+            raise ValueError(
+                f"workers={workers}: every process loads its own {label}; give a folder (pipe.save_pretrained(folder))"
+            )
+
+
+def _about(setting: Setting, prompts: PromptSet, together: int) -> dict[str, Any]:
+    """Return all that the figures depend on, as plain JSON."""
+    targets = setting.targets
+    return {
+        "victim": _identity(setting.victim, setting.device),
+        "original": _identity(setting.original, setting.device),
+        "prompts": prompts.sha256,
+        "tries": [list(t) for t in setting.tries],
+        "judge": facts(setting.judge),
+        "attacks": {label: repr(attack) for label, attack in setting.attacks.items()},
+        "steps": setting.steps,
+        "together": together,
+        "precision": setting.precision,
+        "seed": setting.seed,
+        "targets": "" if targets is None else hashlib.sha256(targets.contiguous().numpy().tobytes()).hexdigest(),
+    }
+
+
 def _identity(pipe: Any, device: str) -> str:
     return "" if pipe is None else parts_of(pipe, device).sha256
 
@@ -262,25 +288,14 @@ def attack_prompts(
     check_choice("precision", precision, ("float32", "bfloat16", "float16"))
     if not attacks:
         raise ValueError("attacks: at least one is needed")
-    for label, given in (("pipe", pipe), ("original", original)):
-        if workers > 1 and given is not None and not isinstance(given, str | os.PathLike):
-            raise ValueError(
-                f"workers={workers}: every process loads its own {label}; give a folder (pipe.save_pretrained(folder))"
-            )
+    _check_workers(workers, pipe=pipe, original=original)
     tries = tuple(Try(p.text, p.seed, guidance if p.guidance is None else p.guidance) for p in prompts)
     setting = Setting(
-        pipe, original, tries, dict(attacks), judge, steps, batch_size, seed, precision,
-        gradient_checkpointing, device,
-        None if targets is None else targets.cpu(),
+        pipe, original, tries, dict(attacks), judge, steps, batch_size, seed, precision, gradient_checkpointing, device,
+        None if targets is None else targets.cpu().float(),
     )  # fmt: skip
     _checked(setting)
-    about = {
-        "victim": _identity(pipe, device), "original": _identity(original, device),
-        "prompts": prompts.sha256, "tries": [list(t) for t in tries], "judge": facts(judge),
-        "attacks": {label: repr(attack) for label, attack in attacks.items()}, "steps": steps, "together": together,
-        "precision": precision, "seed": seed,
-        "targets": "" if targets is None else hashlib.sha256(targets.cpu().contiguous().numpy().tobytes()).hexdigest(),
-    }  # fmt: skip
+    about = _about(setting, prompts, together)
     kept = _Kept(resume, about)
     work = partial(_work, setting=setting, kept=kept, workers=workers, on_step=on_step)
 
