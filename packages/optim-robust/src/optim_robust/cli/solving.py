@@ -41,18 +41,13 @@ def make_method(words: str, problem: TwoStageProblem, *, tol: float, net: Path |
 
 def _neur2ro(problem: TwoStageProblem, net: Path | None, seed: int) -> Method:
     """Load the network in ``net``, or train a small one for the problem's family and size (about a minute)."""
-    from optim_robust.neur2ro.families import family_of
-    from optim_robust.neur2ro.loop import Neur2RO
+    from optim_robust.neur2ro.loop import Neur2RO, quick_network
     from optim_robust.neur2ro.model import ValueModel
-    from optim_robust.neur2ro.train import fit_value_network
 
     if net is not None and net.is_dir() and any(net.iterdir()):
         return Neur2RO(ValueModel.load(net), root_bound=True, generator=seed)
     console.info("neur2ro: no network is given (--net); a small one is trained for this family and size first")
-    model, errors = fit_value_network(
-        family_of(problem), n_instances=200, n_first_stage=8, n_scenarios=10, sizes=(problem.x.size,), epochs=40,
-        label_scaling="per_instance", embed=(32, 8), post=(32, 4), value=(8,), generator=seed,
-    )  # fmt: skip
+    model, errors = quick_network(problem, generator=seed)
     shown = ", ".join(f"{key} {value:.4g}" for key, value in errors.items())
     console.info(f"neur2ro: trained ({shown})")
     if net is not None:

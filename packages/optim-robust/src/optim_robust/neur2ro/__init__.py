@@ -24,7 +24,7 @@ Defaults of data, training and tolerances are the paper's.
 """
 
 from optim_robust.neur2ro.families import CAPITAL_BUDGETING, KNAPSACK, Family, family_of, fixed
-from optim_robust.neur2ro.loop import Neur2RO, solve_neur2ro
+from optim_robust.neur2ro.loop import Neur2RO, quick_network, solve_neur2ro
 from optim_robust.neur2ro.model import ValueModel
 from optim_robust.neur2ro.network import SetValueNetwork
 from optim_robust.neur2ro.train import fit_value_network
@@ -39,5 +39,6 @@ __all__ = [
     "family_of",
     "fit_value_network",
     "fixed",
+    "quick_network",
     "solve_neur2ro",
 ]

@@ -25,7 +25,7 @@ from optim_robust.uncertainty import Discrete
 from robust_core.checks import check_choice, check_count, check_number
 from robust_core.random import Seed, resolve_seed
 
-__all__ = ["Neur2RO", "solve_neur2ro"]
+__all__ = ["Neur2RO", "quick_network", "solve_neur2ro"]
 
 _LOGGER = logging.getLogger(__name__)
 Array = NDArray[np.float64]
@@ -265,6 +265,27 @@ def _solution(run: _Run, main: MainProblem, status: Status, incumbent: str, info
     )  # fmt: skip
 
 
+def quick_network(
+    problem: TwoStageProblem, *, generator: Seed = None, **training: Any
+) -> tuple[ValueModel, dict[str, float]]:
+    """Train a small network for a problem: for its family at its size, or on the problem itself; a minute or two.
+
+    Args:
+        problem: knapsack, capital budgeting, or any problem with finite bounds of the first stage.
+        generator: seed.
+        **training: options of :func:`~.train.fit_value_network` in place of the ones used here.
+    """
+    family = family_of(problem)
+    single = family.name.startswith("fixed:")
+    chosen: dict[str, Any] = {
+        "n_instances": 1 if single else 200, "n_first_stage": 40 if single else 6, "n_scenarios": 20,
+        "sizes": (problem.x.size,), "label_scaling": "per_instance", "contrast": 0.8, "epochs": 40,
+        "sampler": "mixed" if isinstance(problem.uncertainty, Discrete) else "aligned",
+        "learning_rate": 5e-3, "embed": (32, 16), "post": (16, 8), "value": (8,),
+    }  # fmt: skip
+    return fit_value_network(family, generator=generator, **{**chosen, **training})
+
+
 def solve_neur2ro(
     problem: TwoStageProblem,
     *,
@@ -283,22 +304,14 @@ def solve_neur2ro(
             stand in ``info["training seconds"]`` and are not part of ``time_limit``.
         time_limit: seconds for the solve.
         generator: seed.
-        training: options of :func:`~.train.fit_value_network` in place of those used without a network.
+        training: options of :func:`quick_network`.
         on_step: called after each round.
         **options: of :class:`Neur2RO`.
     """
     seed = resolve_seed(generator)
     clock, trained = Deadline(), network is None
     if network is None:
-        family = family_of(problem)
-        single = family.name.startswith("fixed:")
-        sampler = "mixed" if isinstance(problem.uncertainty, Discrete) else "aligned"
-        chosen: dict[str, Any] = {
-            "n_instances": 1 if single else 200, "n_first_stage": 40 if single else 6, "n_scenarios": 20,
-            "sizes": (problem.x.size,), "label_scaling": "per_instance", "sampler": sampler, "contrast": 0.7,
-            "epochs": 40, "learning_rate": 5e-3, "embed": (32, 16), "post": (16, 8), "value": (8,),
-        }  # fmt: skip
-        network, errors = fit_value_network(family, generator=seed, **{**chosen, **(training or {})})
+        network, errors = quick_network(problem, generator=seed, **(training or {}))
         _LOGGER.info("trained in %.1f s: %s", clock.elapsed, errors)
     spent = clock.elapsed
     answer = Neur2RO(network, time_limit=time_limit, generator=seed, **options).solve(problem, on_step=on_step)
