@@ -6,7 +6,8 @@ messages: the protocol of the official experiments on smaller data. Full scale: 
 ROBUST_DATA, convolutional network of 431,080 parameters, 600 rounds). Accuracies are means over the honest models on
 the test split, in percentage points; the worst is over four attacks on half-step models: sign flip, label flip, and
 "fall of empires" and "a little is enough" with their strength searched every 25 rounds against the rule itself. D-SGD
-is the same without liars and with the mean. Models that diverge to NaN count as guessing, 10 %.
+is the same without liars and with the mean. Models that diverge to NaN count as guessing, 10 %,
+and a rule that fell below 20 % under one attack is not tried under the others.
 
 Gradients are counted for one honest peer until the mean training loss of the honest models is at that of D-SGD after
 150 rounds, looked at every 10 rounds for 600 at most (what did not get there counts as 600 rounds); the liars hide in
@@ -50,10 +51,10 @@ from robust_core.random import derive, reseeded
 __all__ = ["STATEMENTS", "run"]
 
 ATTACKS: dict[str, Callable[[], Attack]] = {
-    "sign flip": SignFlip,
-    "label flip": LabelFlip,
     "fall of empires": lambda: InnerProduct("optimal", every=25),
+    "sign flip": SignFlip,
     "a little is enough": lambda: ALittleIsEnough("optimal", every=25),
+    "label flip": LabelFlip,
 }
 CHANCE = 0.1
 """Accuracy of models that diverged to NaN."""
@@ -220,6 +221,8 @@ def _worst(here: _Setting, mixing: Mixing, *, names: tuple[str, ...] = tuple(ATT
             found.append(_train(here, mixing, ATTACKS[name](), **more).accuracy[-1][1])  # pyright: ignore[reportArgumentType]
         except TrainingError:
             found.append(CHANCE)
+        if min(found) < 2 * CHANCE:  # it failed: how far below matters to no statement, and only favours it
+            break
     return 100 * min(found)
 
 
