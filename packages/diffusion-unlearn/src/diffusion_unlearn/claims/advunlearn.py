@@ -297,6 +297,8 @@ def run(seed: int, scale: Scale) -> Figures:
             utility,
             setting.utility(alone),
         )
+        measured["utility_of_other_sentences"] = _accuracy(erased, TEMPLATES[3:])
+        baseline["utility_of_other_sentences"] = _accuracy(setting.pipe, TEMPLATES[3:])
         plugged, own = _second_checkpoint(setting, erased, seed)
         for figure in plugged:
             measured[figure], baseline[figure] = plugged[figure], own[figure]
