@@ -259,19 +259,22 @@ class Program:
         if deadline is not None and math.isfinite(deadline.limit):
             limit = self._highs.getRunTime() + deadline.left  # HiGHS counts the run time of the object's whole life
         self._highs.setOptionValue("time_limit", limit)
-        if on_bound is None:
+        if not self.integer.any() or (on_bound is None and not math.isfinite(limit)):
             self._highs.run()
             return
 
-        def report(event: Any) -> None:
+        def watch(event: Any) -> None:
             data = event.data_out
-            on_bound(float(data.mip_dual_bound), float(data.mip_primal_bound))
+            if on_bound is not None:
+                on_bound(float(data.mip_dual_bound), float(data.mip_primal_bound))
+            if deadline is not None and deadline.passed:
+                event.interrupt()  # HiGHS looks at its own limit less often
 
-        self._highs.cbMipLogging.subscribe(report)
+        self._highs.cbMipInterrupt.subscribe(watch)
         try:
             self._highs.run()
         finally:
-            self._highs.cbMipLogging.unsubscribe(report)
+            self._highs.cbMipInterrupt.unsubscribe(watch)
 
     def _empty(self) -> Answer:
         feasible = all((low <= 0).all() and (up >= 0).all() for _, low, up in self._rows)

@@ -53,8 +53,8 @@ class ExactCCG:
         while not any(np.abs(xi - known).max() <= 1e-9 for known in run.scenarios):
             run.scenarios.append(xi)
             add_scenario(problem, program, x, theta, xi)
-            answer = program.solve(run.deadline)
-            run.raise_bound(answer.bound)
+            answer = program.solve(run.deadline, on_bound=run.tell)
+            run.confirm(answer.bound)
             if answer.status == Status.UNBOUNDED:
                 return _unbounded(run)
             if answer.point is None:
@@ -109,10 +109,10 @@ class ScenarioEnumeration:
         run.info["exact"] = exact
         run.scenarios = list(problem.uncertainty.vertices(limit=self.limit))
         program, x, _ = scenario_program(problem, run.scenarios, mip_gap=min(self.tol / 4, 1e-5))
-        answer = program.solve(run.deadline)
+        answer = program.solve(run.deadline, on_bound=run.tell)
         if answer.status == Status.UNBOUNDED:
             return _unbounded(run) if not exact else run.finish(Status.UNBOUNDED)
-        run.raise_bound(answer.bound)
+        run.confirm(answer.bound)
         if answer.point is None:
             return run.finish(answer.status)
         run.evaluate(answer.point[x])

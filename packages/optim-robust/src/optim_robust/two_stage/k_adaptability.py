@@ -59,8 +59,6 @@ class KAdaptability:
         scenarios.append(problem.uncertainty.worst(np.zeros(problem.dim)))
         early = run.deadline.at_most(0.1 * run.deadline.limit)
         run.raise_bound(scenario_bound(problem, [problem.uncertainty.nominal], early))
-        if run.lower == math.inf:
-            return run.finish(Status.INFEASIBLE)
         tie = itertools.count()
         root: Assignment = ((0,),) + ((),) * (self.k - 1)
         queue: list[tuple[float, int, Assignment]] = [(-math.inf, next(tie), root)]

@@ -73,6 +73,7 @@ class Tracker:
         self.scenarios: list[Array] = []
         self.history: list[Step] = []
         self.info: dict[str, Any] = {}
+        self._told: list[Step] = []
 
     @property
     def value(self) -> float:
@@ -89,6 +90,22 @@ class Tracker:
         if bound > self.lower:
             self.lower = bound
             self._log()
+
+    def tell(self, bound: float, _incumbent: float = math.nan) -> None:
+        """Show a bound of a solve that goes on; it is kept once the solve has ended and confirmed it."""
+        known = self._told[-1].lower_bound if self._told else self.lower
+        if math.isfinite(bound) and bound > known + 1e-4 * abs(bound):
+            self._told.append(Step(self.deadline.elapsed, bound, self.value))
+            if self.on_step is not None:
+                self.on_step(self._told[-1])
+
+    def confirm(self, bound: float) -> None:
+        """End the solve whose bounds were told: ``bound`` is the proven one."""
+        self.history += [step for step in self._told if step.lower_bound <= bound]
+        self._told = []
+        last = self.history[-1].lower_bound if self.history else -math.inf
+        self.lower = max(self.lower, min(last, bound))
+        self.raise_bound(bound)
 
     def evaluate(self, x: Array) -> WorstCase:
         """Find the true worst case of ``x`` and keep it if it guarantees more than the incumbent."""
