@@ -9,6 +9,8 @@ vectors) with the embeddings of the whole vocabulary. Alternated, medians of pro
 on a GPU); ``ratio`` is attack over passes, ``ratio_to_parts`` over passes and products. ``peak_mb`` is the peak memory
 of a process that does nothing else (allocated, on a GPU), ``bare_mb`` that of the passes.
 
+``erasure``: a step of each training; see ``diffusion_erasure.py``.
+
 ``digits`` is the pipeline of claims (0.3 million weights); ``medium`` has the vocabulary and length of Stable Diffusion
 1.x, a text encoder of 4 layers of width 256 and a predictor of 12 million weights on 16 x 16 latents. ``--pipeline``
 measures your own.
@@ -232,7 +234,17 @@ def attack_part(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {"attack": attack_part}
+def erasure_part(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows of ``diffusion_erasure.py``."""
+    from diffusion_erasure import erasure_part as part
+
+    return part(options)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "attack": attack_part,
+    "erasure": erasure_part,
+}
 
 
 def main() -> None:
