@@ -86,6 +86,19 @@ def test_points_are_checked_against_bounds_rows_and_integrality():
     assert program.violation(np.array([np.nan, 0.0])) == math.inf
 
 
+def test_integers_that_are_nearly_whole_are_made_whole_without_breaking_rows():
+    program = Program()
+    v = program.add_variables([0.0, 0.0], [1.0, 1e6], integer=[True, False], cost=[1e6, -1.0])
+    program.add_rows([(np.array([[-1e6, 1.0]]), v)], upper=0.5)  # v1 <= 0.5 + 1e6 v0
+    answer = program.solve()
+    assert answer.point is not None
+    assert answer.point[0] == round(answer.point[0])
+    assert program.violation(answer.point) <= 1e-7
+    nearly = program._polished(np.array([0.0, 1.3]), np.array([8e-7, 1.3]))
+    assert nearly.tolist() == [0.0, pytest.approx(0.5)]
+    assert program.upper[0] == 1.0  # bounds are as they were
+
+
 def test_a_program_without_variables_and_wrong_limits():
     assert Program().solve().value == 0.0
     with pytest.raises(ValueError, match="time_limit"):

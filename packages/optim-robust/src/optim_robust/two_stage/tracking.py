@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from optim_robust.solver import Deadline, Program, Status
+from optim_robust.solver import FEASIBILITY, Deadline, Program, Status
 from optim_robust.two_stage.problem import TwoStageProblem
 from optim_robust.two_stage.solution import Step, TwoStageSolution, WorstCase, relative_gap
 
@@ -110,6 +110,8 @@ class Tracker:
     def evaluate(self, x: Array) -> WorstCase:
         """Find the true worst case of ``x`` and keep it if it guarantees more than the incumbent."""
         x = np.where(self.problem.x.integer, np.round(x), x)
+        if not self.problem.first_stage_violation(x) <= FEASIBILITY:
+            return WorstCase(math.nan, math.inf, None, False, Status.ERROR)
         left = max(self.deadline.left, 0.5 + 0.05 * min(self.deadline.limit, 1e6))
         worst = self.problem.evaluate(x, time_limit=left)
         better = self.worst is None or (worst.upper, worst.value) < (self.worst.upper, self.worst.value)
@@ -129,6 +131,8 @@ class Tracker:
         lost = status in (Status.INFEASIBLE, Status.UNBOUNDED)
         if self.gap <= self.tol:
             status = Status.OPTIMAL
+        elif status in (Status.OPTIMAL, Status.FEASIBLE) and self.x is None:
+            status = Status.ERROR  # the solver's point is no first stage once its integers are whole
         elif status == Status.FEASIBLE and self.worst is not None and self.worst.value == math.inf:
             status = Status.NO_SOLUTION
             self.info["note"] = "x leaves no feasible recourse at the scenario shown as its worst case"
