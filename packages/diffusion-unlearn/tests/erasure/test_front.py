@@ -84,6 +84,8 @@ def test_a_folder_is_taken_too(untrained: Any, tmp_path: Path) -> None:
         ({"method": "uce", "templates": ["a photo"]}, "where the concept stands"),
         ({"retain": ["two", "the digit three"]}, "holds the concept 'three'"),
         ({"retain": []}, "without retained prompts"),
+        ({"retain": ["one"], "k": 10}, "places with k=10"),
+        ({"retain": ["one " * 11]}, "tokens; 12 fit"),
         ({"method": "uce", "templates": ["a {} " + "very " * 20]}, "tokens; 12 fit"),
     ],
 )

@@ -42,14 +42,14 @@ from diffusion_unlearn.erasure.parts import (
     trained_parameters,
 )
 from diffusion_unlearn.erasure.training import ErasureObjective, Progress, TrainedErasure
-from diffusion_unlearn.pipeline import Conditioning, UnsupportedPipelineError
+from diffusion_unlearn.pipeline import Conditioning, TextToImage, UnsupportedPipelineError
 from diffusion_unlearn.trajectories import TrajectoryPool
 from robust_core.attacks.tokens import SoftTokens, TokenProblem, TokenSpace, insert_slots
 from robust_core.checks import check_choice, check_count, check_number
 from robust_core.random import derive, stream
 from robust_core.training import Batch, Loss
 
-__all__ = ["AdvUnlearn", "AdvUnlearnObjective", "plug_in", "retain_loss"]
+__all__ = ["AdvUnlearn", "AdvUnlearnObjective", "attack_space", "plug_in", "retain_loss"]
 
 Position = Literal["prefix", "suffix", "middle", "spread", "replace"]
 POSITIONS = ("prefix", "suffix", "middle", "spread", "replace")
@@ -133,6 +133,16 @@ class AdvUnlearn(TrainedErasure):
         """Of Adam."""
         return self.lr
 
+    def check(self, parts: TextToImage) -> None:
+        """Refuse pipelines with two text encoders, and prompts without room for the attacker's vectors."""
+        if parts.is_xl:
+            raise UnsupportedPipelineError(
+                f"{type(parts.pipe).__name__} has two text encoders; the attacker writes for one: use ESD or UCE"
+            )
+        for prompt in check_concepts(self.concept):
+            attack_space(parts, prompt, self.k, self.position)
+        parts.ids(self.retain or [""])
+
     def pool(
         self,
         pipe: Any,
@@ -191,6 +201,20 @@ class AdvUnlearn(TrainedErasure):
 Pools = tuple[TrajectoryPool, TrajectoryPool | None]
 
 
+def attack_space(parts: TextToImage, prompt: str, k: int, position: str) -> TokenSpace:
+    """Return the texts that the attacker may write: k places beside a prompt.
+
+    Raises:
+        ValueError: they do not fit into the encoder's length.
+    """
+    tokenizer, (ids,) = parts.tokenizers[0], parts.ids([prompt])
+    end = len(tokenizer(prompt).input_ids) - 1
+    marks = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    fill = next(i for i in range(len(tokenizer)) if i not in marks)
+    slots = insert_slots(ids, k, cast(Position, position), start=1, end=end, fill=fill, length=parts.max_tokens)
+    return TokenSpace.vocabulary(*slots, n_tokens=len(tokenizer), banned=marks)
+
+
 class AdvUnlearnObjective(ErasureObjective):
     """The loss of one step, the attack included; made by :meth:`AdvUnlearn.objective`.
 
@@ -206,35 +230,18 @@ class AdvUnlearnObjective(ErasureObjective):
     def __init__(self, pipe: Any, method: AdvUnlearn, pools: Pools) -> None:
         parameters = trained_parameters(pipe, method.part, method.layers)
         super().__init__(pipe, method.component, parameters, generator=method.generator)
-        if self.parts.is_xl:
-            raise UnsupportedPipelineError(
-                f"{type(pipe).__name__} has two text encoders; the attacker writes for one: use ESD or UCE"
-            )
+        method.check(self.parts)
         device, (concept, retained) = self.parts.device, pools
         if method.gamma > 0 and retained is None:
             raise ValueError(f"pools hold no states of retained prompts, with gamma={method.gamma:g}")
         self.method, self.concept = method, concept.to(device)
         self.retained = retained.to(device) if retained is not None else None
-        self.spaces = [self._space(prompt) for prompt in concept.prompts]
+        self.spaces = [attack_space(self.parts, prompt, method.k, method.position) for prompt in concept.prompts]
         self.frozen = self.frozen_conditions(concept.prompts)
         self.frozen_retained = None if retained is None else self.frozen_conditions(retained.prompts)
         width = self.parts.embedding_table.shape[1]
         self.register_buffer("vectors", torch.zeros(1, method.k, width, device=device))
         self.register_buffer("attacked", torch.zeros((), dtype=torch.int64))  # the step of the last attack, plus 1
-
-    def _space(self, prompt: str) -> TokenSpace:
-        """Return the texts that the attacker may write: k places beside the prompt.
-
-        Raises:
-            ValueError: they do not fit into the encoder's length.
-        """
-        tokenizer, (ids,) = self.parts.tokenizers[0], self.parts.ids([prompt])
-        end = len(tokenizer(prompt).input_ids) - 1
-        marks = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-        fill = next(i for i in range(len(tokenizer)) if i not in marks)
-        position = cast(Position, self.method.position)
-        slots = insert_slots(ids, self.method.k, position, start=1, end=end, fill=fill, length=self.parts.max_tokens)
-        return TokenSpace.vocabulary(*slots, n_tokens=len(tokenizer), banned=marks)
 
     def attack(self, model: nn.Module, row: int, seed: int) -> Tensor:
         """Return (1, k, D): vectors beside prompt ``row`` with which the student says what the original would.

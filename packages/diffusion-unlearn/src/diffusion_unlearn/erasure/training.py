@@ -58,11 +58,7 @@ class ErasureObjective(RandomObjective):
     def __init__(self, pipe: Any, component: str, names: Iterable[str], *, generator: Seed = None) -> None:
         super().__init__(generator)
         self.parts = TextToImage(pipe)
-        if component == "text_encoder" and self.parts.is_xl:
-            raise UnsupportedPipelineError(
-                f"{type(pipe).__name__} is told the prompt by two text encoders, and one alone cannot unlearn it for "
-                "both: train the UNet"
-            )
+        _check_component(self.parts, component)
         self.component, self.names = component, list(names)
         self.modes_are_kept = False  # by train(), so that they need not be put back after every call
 
@@ -131,6 +127,14 @@ class ErasureObjective(RandomObjective):
         return found[where.to(found.hidden.device)]
 
 
+def _check_component(parts: TextToImage, component: str) -> None:
+    if component == "text_encoder" and parts.is_xl:
+        raise UnsupportedPipelineError(
+            f"{type(parts.pipe).__name__} is told the prompt by two text encoders, and one alone cannot unlearn it for "
+            "both: train the UNet"
+        )
+
+
 class TrainedErasure(ABC):
     """Base of methods that train a part of a pipeline; subclasses are frozen dataclasses of settings."""
 
@@ -151,6 +155,14 @@ class TrainedErasure(ABC):
     @abstractmethod
     def learning_rate(self) -> float:
         """Of Adam."""
+
+    def check(self, parts: TextToImage) -> None:
+        """Refuse a pipeline that cannot be edited so, before anything is drawn.
+
+        Raises:
+            UnsupportedPipelineError, ValueError: why.
+        """
+        _check_component(parts, self.component)
 
     @abstractmethod
     def pool(self, pipe: Any, *, progress: Progress | None = None, **drawing: Any) -> Any:
@@ -216,6 +228,7 @@ class TrainedErasure(ABC):
         """
         result = edited_copy(pipe, self.component) if copy else pipe
         parts = TextToImage(result)
+        self.check(parts)
         modules = [result.unet, result.vae, *parts.encoders]
         dtype = PRECISIONS[check_choice("precision", precision, tuple(PRECISIONS))]
         check_trainable(getattr(result, self.component), modules, precision)
