@@ -26,6 +26,7 @@ import torch
 from scipy.spatial.distance import cdist
 from scipy.special import comb
 
+from robust_core.random import SampleStreams
 from vision_robust.lidar.boxes import bev_corners, iou
 from vision_robust.lidar.corruptions import corrupt_batch
 
@@ -230,6 +231,20 @@ def corruption(name: str, repeats: int, n_ours: int = 1000, n_theirs: int = 50) 
     }
 
 
+def floors(repeats: int) -> dict[str, float]:
+    """What nobody can do without: the numbers of the noise alone, and one pass over the coordinates."""
+    x, streams = torch.rand(1000, 1024, 3), SampleStreams(0, torch.arange(1000), "bare")
+    return {
+        "copy_ms_for_1000": round(1e3 * median(seconds(x.clone) for _ in range(repeats)), 2),
+        "normal_draws_ms_for_1000": round(
+            1e3 * median(seconds(lambda: streams.coarse_normal((1024, 3))) for _ in range(repeats)), 2
+        ),
+        "numpy_normal_draws_ms_for_1000": round(
+            1e6 / 100 * median(seconds(lambda: [RNG.randn(1024, 3) for _ in range(100)]) for _ in range(repeats)), 2
+        ),
+    }
+
+
 def clipped(a: Array, b: Array) -> float:
     polygon = [tuple(p) for p in a]
     for (x0, y0), (x1, y1) in zip(b, np.roll(b, -1, 0), strict=True):
@@ -302,7 +317,8 @@ def main() -> None:
         "schema": "robust.benchmark/1",
         "what": "1,000 clouds of 1,024 points, severity 3, one thread; ratio = reference seconds / our seconds, "
         "medians of alternating runs; 1,000 x 1,000 rotated boxes; sweeps of 64 x 720 rays with labels and visibility",
-        "corruptions": table, "slowest": slowest, "all_together": whole, "boxes": overlap, "simulator": simulator,
+        "corruptions": table, "slowest": slowest, "all_together": whole,
+        "floors": floors(arguments.repeats), "boxes": overlap, "simulator": simulator,
         "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "machine": platform.machine(),

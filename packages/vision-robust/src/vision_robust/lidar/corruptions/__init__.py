@@ -50,7 +50,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Rule]]] = {
     "kitti-c-object": ("kitti-c", OBJECT),
 }
 _RULES = {f"{prefix}/{name}": rule for prefix, rules in _FAMILIES.values() for name, rule in rules.items()}
-_POINTS_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 22}
+_POINTS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 22}
 """Points that are worked on together: what fits the caches, or fills the device."""
 
 Points = TypeVar("Points", Tensor, np.ndarray)
@@ -142,7 +142,7 @@ def corrupt_batch(
     seed, work = resolve_seed(generator), points.to(torch.promote_types(points.dtype, torch.float32))
     whole = mask is None
     mask = torch.ones(b, n, dtype=torch.bool, device=points.device) if mask is None else mask
-    rows = max(1, _POINTS_AT_ONCE.get(points.device.type, 1 << 16) // max(n, 1))
+    rows = max(1, _POINTS_AT_ONCE.get(points.device.type, 1 << 17) // max(n, 1))
     parts = []
     with torch.no_grad():
         for start in range(0, b, rows):

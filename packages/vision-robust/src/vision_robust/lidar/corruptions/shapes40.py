@@ -120,9 +120,9 @@ def _bernstein(t: Tensor) -> Tensor:
 def ffd(cloud: Cloud, level: int, draws: Draws) -> Cloud:
     """Move a lattice of 5 x 5 x 5 points by U(-c, c) of its length, c = 0.1 .. 0.5, and the points in it along."""
     c, n = 0.1 * (level + 1), _GRID
-    lattice = (draws("lattice").uniform((n * n * n, 3)) * (2 * c) - c).to(cloud.xyz.dtype).transpose(1, 2)
+    lattice = (draws("lattice").uniform((n * n * n, 3)) * (2 * c) - c).to(cloud.xyz.dtype).transpose(1, 2).contiguous()
     out = torch.empty_like(cloud.planes)
-    for rows in torch.arange(len(out)).split(_AT_ONCE):
+    for rows in (slice(i, i + _AT_ONCE) for i in range(0, len(out), _AT_ONCE)):
         planes = cloud.planes[rows]
         x, y, z = _bernstein(((planes + 1) / 2).clamp_(0, 1)).unbind(1)  # each (B, 5, N)
         weights = (x[:, :, None, None] * y[:, None, :, None] * z[:, None, None]).flatten(1, 3)
@@ -149,10 +149,10 @@ def _warp(cloud: Cloud, level: int, draws: Draws, *, inverse: bool) -> Cloud:
     points, solve = _radial_system(inverse, cloud.xyz.device)
     alpha, gamma = ((draws("warp").uniform((2, len(points))) * 2 - 1) * math.pi).unbind(1)
     direction = torch.stack([alpha.cos() * gamma.sin(), alpha.sin() * gamma.sin(), gamma.cos()], -1)
-    coefficients = (solve @ (direction * (0.025 * (level + 1)))).transpose(1, 2)  # (B, 3, 129)
+    coefficients = (solve @ (direction * (0.025 * (level + 1)))).transpose(1, 2).contiguous()  # (B, 3, 129)
     line = torch.linspace(-1, 1, _GRID, dtype=torch.float32, device=points.device)[:, None]
     out, n = torch.empty_like(cloud.planes), len(points)
-    for rows in torch.arange(len(out)).split(_AT_ONCE):
+    for rows in (slice(i, i + _AT_ONCE) for i in range(0, len(out), _AT_ONCE)):
         planes = cloud.planes[rows].to(torch.float32)
         x, y, z = (planes[:, :, None] - line).square_().unbind(1)  # each (B, 5, N): a grid's distances are sums
         squared = (x.add_(_RADIUS**2)[:, :, None, None] + y[:, None, :, None] + z[:, None, None]).flatten(1, 3)
