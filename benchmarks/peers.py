@@ -58,6 +58,7 @@ def measure(honest: int, f: int, attack: str) -> dict[str, object]:
         "seconds_per_round": round(done.round_seconds, 4),
         "seconds_per_round_simulated": round(calm.round_seconds, 4),
         "recipe": asdict(recipe),
+        "load": os.getloadavg(),
     }
 
 
@@ -68,7 +69,7 @@ def _rows(shards: Shards, n: int) -> tuple[list[Any], list[int]]:
 def main() -> None:
     names = sys.argv[1:] or list(RUNS)
     found = {name: measure(*RUNS[name], "alie") for name in names}
-    print(json.dumps({"load": os.getloadavg(), "versions": versions(), "runs": found}, indent=2))
+    print(json.dumps({"versions": versions(), "runs": found}, indent=2))
 
 
 if __name__ == "__main__":
