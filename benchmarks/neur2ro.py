@@ -82,7 +82,7 @@ def published(options: argparse.Namespace, known: dict[str, Any]) -> None:
     """Solve every k-th published file with each policy."""
     with (options.files / "ResultsForBranchAndPrice.csv").open(encoding="utf-8") as table:
         best = {row["File name"]: -float(row["Best primal bound"]) for row in csv.DictReader(table)}
-    files = sorted(options.files.glob("RKP_*_n[23]0_*"))[:: options.every]
+    files = sorted(options.files.glob("RKP_*_n[23]0_*"))[options.first :: options.every]
     networks = {name: ValueModel.load(options.networks / name) for name in ("knapsack", "knapsack-untrained")}
     for file in files:
         if file.name in known:
@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10])
     parser.add_argument("--instances", type=int, default=3)
     parser.add_argument("--limit", type=float, default=30.0)
+    parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--adversary", default="gradient")
     parser.add_argument("--seed", type=int, default=0)

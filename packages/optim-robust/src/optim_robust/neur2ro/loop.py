@@ -105,7 +105,7 @@ class Neur2RO:
 
     def __init__(
         self, model: ValueModel, *, family: Family | None = None, mode: str = "argmax", adversary: str = "milp",
-        bounds: str = "lp", verify: bool = True, anchors: int = 2, incumbent: str = "best",
+        bounds: str = "lp", verify: bool = True, anchors: int = 6, incumbent: str = "best",
         time_limit: float = 10_800.0, mip_gap: float = 1e-3, max_scenarios: int = 20, tol: float = 1e-4,
         root_bound: bool = False, generator: Seed = None,
     ) -> None:  # fmt: skip
