@@ -70,8 +70,9 @@ def medium() -> Any:
             attention_head_dim=8, norm_num_groups=16,
         ).eval()  # fmt: skip
         vae = AutoencoderKL(block_out_channels=(16,), norm_num_groups=8, sample_size=16, latent_channels=4).eval()
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
     pipe = StableDiffusionPipeline(
-        vae, encoder, tokenizer, unet, DDIMScheduler(), safety_checker=None, feature_extractor=None,  # pyright: ignore
+        vae, encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,  # pyright: ignore
         requires_safety_checker=False,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
