@@ -201,7 +201,7 @@ def erasure_part(options: argparse.Namespace) -> list[dict[str, Any]]:
     sizes = [options.pipeline] if options.pipeline else ["digits", "medium"]
     rows = []
     for size in sizes:
-        batch, n_steps = (16, 12) if size == "digits" else (2, 4)
+        batch, n_steps = (16, 6) if size == "digits" else (2, 3)
         for name in methods(1, 1):
             rows.append(row(size, name, n_steps, batch, options))
             found = rows[-1]
