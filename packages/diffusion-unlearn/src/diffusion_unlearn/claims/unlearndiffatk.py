@@ -11,11 +11,11 @@ Gates: prompts of the unedited pipeline need no attack and get none; on at least
 pipeline denoises better under "three" than under the empty prompt (the idea behind the loss); every text that counts as
 a success is drawn again by plain diffusers, and the judge sees the concept again.
 
-Found on three seeds: ESD-x lets one prompt in twelve through, six random prefixes one in four, UnlearnDiffAtk eight to
-eleven; both statements on it hold. P4D does as well, within what three seeds can tell. The text encoder falls on two
-seeds (9 and 10 of 12) and hardly on the third (3, two of which need no attack), so its statement is left open; why the
-third stands apart was not measured. The erasures are blunt: names of a digit are close neighbours for the text encoder,
-and on a pipeline outside these seeds ESD-x also cost a quarter of the pictures of other digits. There a
+Found on three seeds: ESD-x lets at most one prompt of twelve through, six random prefixes one in four, UnlearnDiffAtk
+eight to eleven; both statements on it hold. P4D does as well, within what three seeds can tell. The text encoder falls
+on two seeds (9 and 10 of 12) and hardly on the third (3, two of which need no attack), so its statement is left open;
+why the third stands apart was not measured. The erasures are blunt: names of a digit are close neighbours for the text
+encoder, and on a pipeline outside these seeds ESD-x also cost a quarter of the pictures of other digits. There a
 shorter search found nothing, and synonyms one prompt in twelve: how much is left to be found varies by pipeline.
 
 ``scale="full"`` is the paper's setting for objects: SD 1.4 (``$ROBUST_DATA/models/stable-diffusion-v1-4``), "church",
