@@ -61,3 +61,16 @@ def test_bad_boxes_are_refused() -> None:
         activation_bounds(network, lower * torch.nan, upper)
     with pytest.raises(ValueError, match="method"):
         activation_bounds(network, lower, upper, method="exact")
+
+
+@pytest.mark.parametrize("method", ["crown", "interval"])
+def test_nothing_is_claimed_of_a_network_with_nan(method: str) -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    with torch.no_grad():
+        net[0].get_parameter("weight")[0, 0] = torch.nan
+    first, output = activation_bounds(net, torch.zeros(1, 2), torch.ones(1, 2), method=method)
+    for bounds in (first, output):
+        assert not bounds.lower.isnan().any()
+        assert not bounds.upper.isnan().any()
+    assert output.lower.item() == -torch.inf
+    assert output.upper.item() == torch.inf

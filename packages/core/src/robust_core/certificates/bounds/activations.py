@@ -51,7 +51,7 @@ def activation_bounds(
         max_elements: elements of the largest tensor of linear coefficients.
 
     Returns:
-        bounds in float64 that enclose real arithmetic and every float64 evaluation.
+        bounds in float64 that enclose real arithmetic and every float64 evaluation; infinite where weights are NaN.
 
     Raises:
         TypeError, ValueError: the ends do not fit each other.
@@ -87,4 +87,8 @@ def activation_bounds(
             below, above = both.chunk(2, dim=1)
             low = torch.maximum(low, below.reshape(low.shape))
             high = torch.minimum(high, -above.reshape(high.shape))
-        return [*found, LayerBounds("output", low, high)]
+        # NaN in the weights or above them: known to lie nowhere in particular
+        return [
+            LayerBounds(b.name, b.lower.where(~b.lower.isnan(), -torch.inf), b.upper.where(~b.upper.isnan(), torch.inf))
+            for b in (*found, LayerBounds("output", low, high))
+        ]
