@@ -16,6 +16,7 @@ from optim_robust.byzantine.rules import (
     caf,
     centered_clipping,
     comparative_elimination,
+    filter_l2,
     geometric_median,
     krum,
     krum_scores,
@@ -156,6 +157,34 @@ def test_caf_is_that_of_the_covariance(n: int, seed: int) -> None:
     assert torch.allclose(caf(x, f), caf_by_definition(x, f), atol=1e-7)
 
 
+def test_a_filter_stops_when_no_direction_varies_more_than_it_may() -> None:
+    calm = draw(12, 400, 1)
+    assert torch.allclose(filter_l2(calm, 3), mean(calm))  # nothing looks forged: nobody loses weight
+    assert torch.allclose(filter_l2(calm, 3, sigma=50.0), mean(calm))
+    x = torch.cat([calm[:9], draw(3, 400, 2) * 0.1 + 40.0])
+    for sigma in (None, 2.0 * 400**0.5 / 3):
+        found = filter_l2(x, 3, sigma=sigma)
+        assert float((found - calm[:9].mean(0)).norm()) < 0.25 * float((mean(x) - calm[:9].mean(0)).norm())
+    assert torch.allclose(filter_l2(x, 3, sigma=1e-9), caf(x, 3))  # nothing is allowed: the least eigenvalue is left
+    one = torch.tensor([[0.0], [1.0], [2.0], [3.0], [1000.0]]).double()
+    # mean 201.2 varies by 159,602: more than 20 times 1.25, the variance of 0 .. 3; 1000 loses all, the others 6 %
+    weights = [1 - ((v - 201.2) / (1000 - 201.2)) ** 2 for v in (0.0, 1.0, 2.0, 3.0)]
+    expected = sum(w * v for w, v in zip(weights, (0.0, 1.0, 2.0, 3.0), strict=True)) / sum(weights)
+    assert filter_l2(one, 1).item() == pytest.approx(expected)
+
+
+def test_a_known_spread_bounds_the_filter() -> None:
+    """(s + sqrt(expansion) sigma)^2 f / (n - 2 f) where sigma is s, the honest spread, and f is small."""
+    n, f = 30, 2
+    for seed in range(5):  # whoever the honest are
+        x = attacked(n, f, 3, 3 * seed + 1)
+        for rows in itertools.combinations(range(n), n - f):
+            part = x[list(rows)]
+            spread = float(torch.linalg.eigvalsh(torch.cov(part.T, correction=0))[-1])
+            error = float((filter_l2(x, f, sigma=spread**0.5) - part.mean(0)).square().sum())
+            assert error <= (1 + 20**0.5) ** 2 * spread * f / (n - 2 * f)
+
+
 # -- subsets ---------------------------------------------------------------------------------------------------
 
 
@@ -263,11 +292,15 @@ def test_compositions_keep_one_f() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in KAPPA_RULES if name != "mean"])
-@pytest.mark.parametrize("n", [5, 7, 9])
+@pytest.mark.parametrize("n", [5, 7, 9, 10])
 def test_no_input_breaks_the_constant(name: str, n: int) -> None:
     """All subsets of size n - f, on random and on discrete inputs, near and far attackers."""
     for f in range(1, (n + 1) // 2):
         rule, limit = AGGREGATORS[name](f), kappa(name, n, f)
+        if limit == math.inf:
+            assert name in ("caf", "filter-l2")
+            assert rule.kappa(n) is None
+            continue
         mixed = Compose(NNM(f), rule)
         assert limit >= kappa_lower_bound(n, f)
         for seed in range(6):

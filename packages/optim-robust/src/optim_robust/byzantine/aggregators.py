@@ -34,6 +34,7 @@ __all__ = [
     "CenteredClipping",
     "Clipping",
     "Compose",
+    "FilterL2",
     "GeometricMedian",
     "Krum",
     "MeaMed",
@@ -92,7 +93,8 @@ class Aggregator(nn.Module):
 
     def kappa(self, n: int) -> float | None:
         """Return the proved constant of robustness with n senders, or None where none is proved here."""
-        return None if self.proved is None else theory.kappa(self.proved, n, self.f)
+        constant = None if self.proved is None else theory.kappa(self.proved, n, self.f)
+        return None if constant == math.inf else constant
 
     def extra_repr(self) -> str:
         """Show ``f`` and the policy."""
@@ -225,9 +227,32 @@ class SMEA(Aggregator):
 class CAF(Aggregator):
     """Weighted mean along a path of down-weighting of what deviates most."""
 
+    proved = "caf"
+
     def rule(self, x: Tensor, f: int) -> Tensor:
         """Return the weighted mean."""
         return rules.caf(x, f)
+
+
+class FilterL2(Aggregator):
+    """Mean after senders lost weight along every direction that varies more than the honest could.
+
+    ``sigma`` bounds the honest standard deviation in any direction; None estimates it, and only then, with the default
+    ``expansion`` of 20, a constant is proved (a known sigma has its own bound, see
+    :mod:`optim_robust.byzantine.theory`).
+    """
+
+    def __init__(
+        self, f: int = 0, *, sigma: float | None = None, expansion: float = 20.0, nonfinite: str = "raise"
+    ) -> None:
+        super().__init__(f, nonfinite=nonfinite)
+        self.sigma = None if sigma is None else check_number("sigma", sigma, low=0.0, open_low=True)
+        self.expansion = check_number("expansion", expansion, low=1.0)
+        self.proved = "filter-l2" if sigma is None and expansion == 20.0 else None
+
+    def rule(self, x: Tensor, f: int) -> Tensor:
+        """Return the weighted mean."""
+        return rules.filter_l2(x, f, sigma=self.sigma, expansion=self.expansion)
 
 
 class CGE(Aggregator):
@@ -424,6 +449,7 @@ AGGREGATORS: dict[str, type[Aggregator]] = {
     "mda": MDA,
     "smea": SMEA,
     "caf": CAF,
+    "filter-l2": FilterL2,
     "cge": CGE,
     "bulyan": Bulyan,
     "centered-clipping": CenteredClipping,

@@ -6,8 +6,9 @@ CAF's) costs nothing beside the passes, and no rule draws random numbers.
 Rules: Krum and multi-Krum (Blanchard et al. 2017, arXiv 1703.02757), geometric median (smoothed Weiszfeld, Pillutla et
 al. 2019, arXiv 1912.13445; the step away from data points after Vardi and Zhang 2000), centred clipping (Karimireddy
 et al. 2021, arXiv 2012.10333), nearest-neighbour averaging (Farhadkhani et al. 2023, arXiv 2209.10931), comparative
-gradient elimination (Gupta et al. 2020), CAF (Allouah et al. 2025). Subset rules and Bulyan stand in
-:mod:`optim_robust.byzantine.subsets`.
+gradient elimination (Gupta et al. 2020), spectral filtering: FilterL2 (the filter of Diakonikolas et al. 2017, arXiv
+1703.00893, as Zhu et al. 2022, arXiv 2205.11765, aggregate with it) and CAF (Allouah et al. 2025). Subset rules and
+Bulyan stand in :mod:`optim_robust.byzantine.subsets`.
 
 Krum's scores sum the squared distances to the n - f - 1 nearest others, not to the n - f - 2 of the paper: with the
 paper's count no bound of the form of :func:`optim_robust.byzantine.theory.kappa` holds at n = 7, f = 3. The paper's
@@ -15,6 +16,8 @@ is ``neighbours="blanchard"``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -27,6 +30,7 @@ __all__ = [
     "caf",
     "centered_clipping",
     "comparative_elimination",
+    "filter_l2",
     "geometric_median",
     "krum",
     "krum_scores",
@@ -251,13 +255,41 @@ def smoothed_weiszfeld(x: Tensor, *, nu: float = 0.1, n_iter: int = 3, start: Te
     return point
 
 
+def _filtering(squared: Tensor, f: int) -> Iterator[tuple[Tensor, float, Tensor]]:
+    """Yield (weights that sum to 1, top eigenvalue of the weighted covariance, projections on it) while filtering.
+
+    All weights start at 1. While they sum to more than n - 2 f, each is multiplied by 1 - t_i / max t, where t_i is the
+    squared deviation from the weighted mean along the top eigenvector. Eigenvectors come from the n x n inner products.
+
+    Args:
+        squared: (n, n) squared distances.
+        f: senders that may be faulty.
+    """
+    n = len(squared)
+    weights = torch.ones(n, dtype=torch.float64, device=squared.device)
+    for _ in range(n):  # each turn takes all weight from at least one row
+        share = weights / weights.sum()
+        to_mean = squared @ share - 0.5 * share @ squared @ share
+        inner = 0.5 * (to_mean[:, None] + to_mean[None, :] - squared)  # <x_i - mean, x_j - mean>
+        root = share.sqrt()
+        values, vectors = torch.linalg.eigh(root[:, None] * inner * root[None, :])
+        scaled = inner @ (root * vectors[:, -1])  # projections times the root of the top eigenvalue
+        top = float(values[-1])
+        yield share, top, scaled / max(top, 1e-300) ** 0.5
+        deviation = scaled.square()
+        worst = deviation[weights > 0].max()
+        if f == 0 or float(worst) <= 0.0:
+            return
+        weights = weights * (1 - deviation / worst).clamp(min=0.0)
+        if float(weights.sum()) <= n - 2 * f:
+            return
+
+
 @torch.no_grad()
 def caf(x: Tensor, f: int) -> Tensor:
     """Return the weighted mean with the least top eigenvalue along a path of down-weighting ("CAF").
 
-    All weights start at 1. While they sum to more than n - 2 f, each is multiplied by 1 - t_i / max t, where t_i is the
-    squared deviation from the weighted mean along the top eigenvector of the weighted covariance. The eigenvector is
-    computed exactly, from the n x n inner products.
+    The path is that of :func:`filter_l2`, with the eigenvectors computed exactly, from the n x n inner products.
 
     Args:
         x: (n, d) one row for each sender.
@@ -266,20 +298,44 @@ def caf(x: Tensor, f: int) -> Tensor:
     n = len(check_vectors(x))
     check_faulty(n, f, rule="CAF")
     x, _ = screen(x, f)
-    squared = pairwise(x)
-    weights = torch.ones(n, dtype=torch.float64, device=x.device)
-    best, least = weights / n, torch.inf
-    while float(weights.sum()) > n - 2 * f or least == torch.inf:
-        share = weights / weights.sum()
-        to_mean = squared @ share - 0.5 * share @ squared @ share
-        inner = 0.5 * (to_mean[:, None] + to_mean[None, :] - squared)  # <x_i - mean, x_j - mean>
-        root = share.sqrt()
-        values, vectors = torch.linalg.eigh(root[:, None] * inner * root[None, :])
-        if float(values[-1]) < least:
-            best, least = share, float(values[-1])
-        deviation = (inner @ (root * vectors[:, -1])).square()
-        worst = deviation[weights > 0].max()
-        if f == 0 or float(worst) <= 0.0:
-            break
-        weights = weights * (1 - deviation / worst).clamp(min=0.0)
+    best, _, _ = min(_filtering(pairwise(x), f), key=lambda state: state[1])
     return combine(best, x)
+
+
+@torch.no_grad()
+def filter_l2(x: Tensor, f: int, *, sigma: float | None = None, expansion: float = 20.0) -> Tensor:
+    """Return the weighted mean once no direction varies more than honest senders could ("FilterL2").
+
+    While the top eigenvalue of the weighted covariance exceeds ``expansion * sigma^2``, senders lose weight by their
+    squared deviation along its eigenvector, the farthest all of it. If nothing is left to take (the weights sum to
+    n - 2 f), ``sigma`` was too small, and the mean of least top eigenvalue is returned.
+
+    Where ``sigma`` is not known, the honest variance along an eigenvector is bounded from below by that of the n - f
+    consecutive projections that vary least: no set of n - f senders, the honest one included, has less.
+
+    Args:
+        x: (n, d) one row for each sender.
+        f: senders that may be faulty, 2 f < n.
+        sigma: standard deviation of the honest vectors in their worst direction, in the units of ``x``, above 0; None
+            estimates it.
+        expansion: how many times the honest variance is let pass, at least 1; 20 in the federated literature.
+    """
+    n = len(check_vectors(x))
+    check_faulty(n, f, rule="FilterL2")
+    check_number("expansion", expansion, low=1.0)
+    if sigma is not None:
+        check_number("sigma", sigma, low=0.0, open_low=True)
+    x, _ = screen(x, f)
+    best, least = torch.empty(0), torch.inf
+    for share, top, projections in _filtering(pairwise(x), f):
+        if top < least:
+            best, least = share, top
+        honest = sigma**2 if sigma is not None else _least_variance(projections, len(x) - f)
+        if top <= expansion * honest:
+            return combine(share, x)
+    return combine(best, x)
+
+
+def _least_variance(values: Tensor, keep: int) -> float:
+    """Return the least variance of ``keep`` of the (n,) values: that of a window of the sorted ones."""
+    return float(values.sort().values.unfold(0, keep, 1).var(1, correction=0).min())

@@ -3,7 +3,7 @@
 **(f, kappa)-robustness** (Allouah et al. 2023, arXiv 2302.01772): for every set S of n - f senders,
 ``|F(x) - mean_S|^2 <= kappa * (1 / |S|) sum_S |x_i - mean_S|^2``. No rule has kappa below f / (n - 2 f).
 :func:`kappa` holds the constants of that paper for median, geometric median, trimmed mean, Krum (with n - f - 1
-neighbours) and mixing before a rule; and three that are proved here, with h = n - f:
+neighbours) and mixing before a rule; and five that are proved here, with h = n - f:
 
 - MDA, ``8 f^2 / h``: the chosen set M and S share a row k, and differ by at most f pairs (a in M, b in S), each with
   |a - b| <= |a - k| + |k - b| <= 2 diam(S), as diam(M) <= diam(S). So |F - mean_S| <= 2 f diam(S) / h, and
@@ -11,6 +11,15 @@ neighbours) and mixing before a rule; and three that are proved here, with h = n
 - MeaMed and Phocas, ``4 (f / h) (1 + sqrt(f k / h))^2``, k the constant of the centre c (median, trimmed mean): in each
   coordinate a kept value outside S is no farther from c than the value of S that it displaced, so |F - mean_S| <=
   (2 / h) sum_{<= f rows b of S} (|b - mean_S| + |mean_S - c|) <= (2 / h) (sqrt(f h) + f sqrt(k)) std(S).
+- CAF and FilterL2, ``(1 + sqrt K)^2 2 f / (n - 3 f)`` for f / n < 0.211 (FilterL2: K at least its expansion). Let s^2
+  be the top eigenvalue of S's covariance, l that of the weights w of sum W, t the squared deviations along its
+  eigenvector, r = f / (n - 2 f). As long as the rows of S have lost no more weight than the others, w / W and the
+  uniform weights of S share a mass of at least 1 - f / h, so their means differ by at most (sqrt l + s) sqrt r, and
+  sum_S w t <= h (s^2 + r (sqrt l + s)^2). Where l > K s^2, a = 1 / sqrt K the root of h (a^2 + r (1 + a)^2) =
+  (n - 2 f) / 2, this is less than W l / 2: the others lose more, again. They have at most f to lose and each step
+  takes all of somebody's, so l <= K s^2 comes before W <= n - 2 f, whatever S is. A mean with W > n - 2 f and
+  l <= K s^2 shares a mass of 1 - 2 f / h with S at least. (FilterL2 stops earlier only where l <= expansion s^2.
+  With a sigma that is truly above s the first such step is in time: (s + sqrt(max(K s^2, expansion sigma^2)))^2 r.)
 
 **(alpha, lambda)-reduction** (MoNNA, arXiv 2209.10931): a mixing map takes honest x to y with
 ``Gamma(y) <= alpha Gamma(x)`` and ``|mean y - mean x|^2 <= lambda Gamma(x)``, Gamma the mean squared distance to the
@@ -62,6 +71,16 @@ def _near(n: int, f: int, centre: float) -> float:
     return 4 * share * (1 + math.sqrt(share * centre)) ** 2
 
 
+def _filtered(n: int, f: int, expansion: float) -> float:
+    if f == 0:
+        return 0.0
+    r, target = f / (n - 2 * f), (n - 2 * f) / (2 * (n - f))
+    if r >= target:
+        return math.inf
+    a = (math.sqrt(r * r + (1 + r) * (target - r)) - r) / (1 + r)  # a^2 + r (1 + a)^2 = target
+    return (1 + math.sqrt(max(expansion, 1 / a**2))) ** 2 * 2 * f / (n - 3 * f)
+
+
 _FORMULAS: dict[str, Callable[[int, int], float]] = {
     "median": _median,
     "geometric-median": _median,
@@ -70,6 +89,8 @@ _FORMULAS: dict[str, Callable[[int, int], float]] = {
     "mda": lambda n, f: 8 * f**2 / (n - f),
     "meamed": lambda n, f: _near(n, f, _median(n, f)),
     "phocas": lambda n, f: _near(n, f, _trimmed(n, f)),
+    "caf": lambda n, f: _filtered(n, f, 1.0),
+    "filter-l2": lambda n, f: _filtered(n, f, 20.0),
     "mean": lambda n, f: 0.0 if f == 0 else math.inf,
 }
 KAPPA_RULES = tuple(_FORMULAS)
@@ -77,7 +98,9 @@ KAPPA_RULES = tuple(_FORMULAS)
 
 
 def kappa(rule: str, n: int, f: int) -> float:
-    """Return a proved constant kappa of ``rule`` with f of n senders faulty (infinite for the mean).
+    """Return a proved constant kappa of ``rule`` with f of n senders faulty; infinite where none is known.
+
+    The mean has none; for "caf" and "filter-l2" none is proved from f = 0.211 n on.
 
     Args:
         rule: one of :data:`KAPPA_RULES`.

@@ -19,7 +19,7 @@ __all__ = ["train"]
 
 AGGREGATORS = (
     *("nna", "mean", "median", "trimmed-mean", "meamed", "phocas", "geometric-median", "krum", "multi-krum", "mda"),
-    *("smea", "caf", "cge", "bulyan", "centered-clipping", "scc"),
+    *("smea", "caf", "filter-l2", "cge", "bulyan", "centered-clipping", "scc"),
 )
 ATTACKS = (
     *("none", "sign-flip", "ipm", "ipm-optimal", "alie", "alie-optimal", "mimic", "mimic-learned", "label-flip"),
