@@ -12,6 +12,7 @@ from torch import nn
 from robust_core.cli.main import main
 from robust_core.data import Dataset
 from robust_core.errors import CheckpointError, UntrustedFileError
+from robust_core.io import load_tensors
 from vision_robust.lidar.cli.words import open_data
 from vision_robust.lidar.evaluation import evaluate
 from vision_robust.lidar.kitti import write_kitti
@@ -129,6 +130,111 @@ def test_a_detector_hardened_on_drives_is_read_again(
     code, text, err = robust(capsys, *look, "--severities", "3", "--overlap", "0.3", "--json")
     assert code == 0, err
     assert "clean/mota" in json.loads(text)["figures"]
+
+
+OWN = """
+import torch
+from torch import nn
+from vision_robust.lidar.boxes import nms
+from vision_robust.lidar.types import Detections
+
+
+class Voting(nn.Module):
+    classes = ("Car",)
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
+
+    def forward(self, points, mask):
+        heat, shift = self.net(points[..., :4] / 10).split([1, 2], -1)
+        return {"heat": heat[..., 0], "place": points[..., :2] + shift, "mask": mask}
+
+    def loss(self, outputs, boxes, labels):
+        away = (outputs["place"][:, :, None] - boxes[:, None, :, :2]).norm(dim=-1)
+        away = away.masked_fill((labels != 0)[:, None], 4.0).amin(2).clamp_max(4.0)
+        known = nn.functional.binary_cross_entropy_with_logits(outputs["heat"], (away < 2).float(), reduction="none")
+        return ((known + away) * outputs["mask"]).sum(1) / outputs["mask"].sum(1).clamp_min(1)
+
+    @torch.no_grad()
+    def detect(self, points, mask):
+        said, found = self(points, mask), []
+        for heat, place, there in zip(said["heat"].sigmoid(), said["place"], mask):
+            best = heat.masked_fill(~there, 0).topk(min(50, len(heat))).indices
+            size = torch.tensor([-1.0, 4.0, 1.8, 1.6, 0.0]).expand(len(best), 5)
+            boxes = torch.cat([place[best], size], 1)
+            kept = nms(boxes, heat[best], 0.1)
+            found.append(Detections(boxes[kept], torch.zeros(len(kept), dtype=torch.int64), heat[best][kept]))
+        return found
+
+
+class Mute(Voting):
+    loss = None
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = f"own_{tmp_path.name.replace('-', '_')}"  # modules are kept by name
+    (tmp_path / f"{name}.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+@pytest.mark.parametrize("method", ["intact", "curriculum"])
+def test_a_users_own_detector_is_hardened_and_evaluated(
+    method: str, own: str, drives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, found = f"kitti-tracking:{drives}", []
+    for out in ("one", "two"):
+        words = ["lidar", "harden", "--model", f"{own}:Voting", "--data", data, "--method", method, "--out", out]
+        words += "--epochs 2 --batch-size 2 --set teacher_steps=2 --set n_draws=2 --set eps=0.2 --json".split()
+        code, text, err = robust(capsys, *words)
+        assert code == 0, err
+        found.append(load_tensors(tmp_path / out / "weights.safetensors"))
+    use = json.loads(text)["use"]
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0]), "the seed decides where a factory starts"
+    code, text, err = robust(capsys, "lidar", "evaluate", *use.split(), "--data", data, "--corruptions", "none",
+                             "--min-score", "0", "--json", "--out", "report")  # fmt: skip
+    assert code == 0, err
+    assert set(json.loads(text)["figures"]) >= {"clean/map/3d", "clean/mota"}
+    assert "robust saliency of this model" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_detector_that_cannot_be_trained_is_told_what_it_lacks(
+    own: str, drives: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = robust(capsys, "lidar", "harden", "--model", f"{own}:Mute", "--data", f"kitti-tracking:{drives}",
+                          "--out", "out")  # fmt: skip
+    assert code == 2
+    assert "Mute has no loss(outputs, boxes" in " ".join(err.split())
+
+
+def test_a_network_without_masks_is_hardened_and_read_again_as_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_unmasked.py").write_text("""
+from torch import nn
+
+
+class Flat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv1d(3, 16, 1), nn.ReLU(), nn.AdaptiveMaxPool1d(1), nn.Flatten())
+        self.last = nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.last(self.net(x))
+""")
+    words = "lidar harden --model own_unmasked:Flat --layout BCN --data digits --method noise --epochs 1 --json".split()
+    code, text, err = robust(capsys, *words, "--batch-size", "512", "--out", "out")
+    assert code == 0, err
+    use = json.loads(text)["use"]
+    code, text, err = robust(capsys, "lidar", "evaluate", *use.split(), "--data", "digits", "--corruptions", "none",
+                             "--json")  # fmt: skip
+    assert code == 0, err
+    assert "clean/accuracy" in json.loads(text)["figures"]
 
 
 @pytest.mark.parametrize(

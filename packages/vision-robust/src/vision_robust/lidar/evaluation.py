@@ -41,6 +41,7 @@ from vision_robust.lidar.corruptions import corruptions as known_corruptions
 from vision_robust.lidar.metrics.detection import IOU, evaluate_detections
 from vision_robust.lidar.metrics.robustness import DGCNN, corruption_errors
 from vision_robust.lidar.metrics.tracks import TrackingScore, evaluate_tracks
+from vision_robust.lidar.pictures import How, SeenFrame, SeenShapes, see_frames, see_shapes
 from vision_robust.lidar.sources import Source
 from vision_robust.lidar.tracking import track_sequence
 from vision_robust.lidar.types import Clouds, Detections, Frame
@@ -58,11 +59,11 @@ class LidarReport:
 
     Attributes:
         document: JSON; ``figures`` maps names to {"value", "interval", "n"}.
-        shown: (name, frame, what was found, weights of points) for the page.
+        shown: frames or shapes under some conditions, with what was found and saliency, for the page.
     """
 
     document: dict[str, Any]
-    shown: Sequence[tuple[str, Frame, Detections | None]] = field(default=())
+    shown: Sequence[SeenFrame | SeenShapes] = field(default=())
 
     def __getitem__(self, name: str) -> Estimate:
         """Return a figure, e.g. ``report["clean/accuracy"]``."""
@@ -94,6 +95,7 @@ def evaluate(
     frames: int | None = None,
     generator: Seed = None,
     resume: str | os.PathLike[str] | None = None,
+    saliency: bool = True,
     name: str = "",
     command: str = "",
     on_step: Progress | None = None,
@@ -112,6 +114,8 @@ def evaluate(
         frames: so many frames of each sequence at most; all when None.
         generator: seed of the corruptions.
         resume: folder for finished conditions; the same call goes on from there.
+        saliency: show the robust saliency of the model on the frames or shapes of the report; where it has no
+            gradients, or a detector no loss (:class:`~vision_robust.lidar.intact.OwnDetection`), the report says so.
         name: of the model, for the report.
         command: likewise.
         on_step: called with (condition, done, conditions).
@@ -141,8 +145,8 @@ def evaluate(
             results[condition] = _kept(resume, condition, identity, lambda how=how: run.measure(how))
         if on_step is not None:
             on_step("conditions", len(wanted), len(wanted))
-        shown = run.pictures(wanted)
-    figures = run.figures(results)
+        figures = run.figures(results)
+        shown, why = run.pictures(_to_show(wanted, figures, run.measure_of), saliency=saliency)
     document = {
         "schema": SCHEMA,
         "threat": None,
@@ -158,7 +162,8 @@ def evaluate(
         "flags": run.flags(figures),
         "corruptions": list(dict.fromkeys(corruptions)),
         "severities": levels,
-        "details": told if scenes else {},
+        "details": told | {"tracked": data.tracked} if isinstance(data, Source) else {},
+        "saliency": why or "shown",
         "seconds": round(time.perf_counter() - started, 2),
         "versions": versions(),
         "command": command,
@@ -166,15 +171,29 @@ def evaluate(
     return LidarReport(document, shown)
 
 
-def _conditions(names: Sequence[str], severities: Sequence[int]) -> tuple[dict[str, tuple[str, int] | None], list[int]]:
+def _conditions(names: Sequence[str], severities: Sequence[int]) -> tuple[dict[str, How], list[int]]:
     known, levels = known_corruptions(), sorted(set(severities))
     for name in names:
         if name not in known:
             raise ValueError(f"corruptions: no {name!r}; choose of {', '.join(known)}")
     if names and (not levels or levels[0] < 1 or levels[-1] > 5):
         raise ValueError(f"severities={list(severities)}: one or more of 1 .. 5")
-    every: dict[str, tuple[str, int] | None] = {CLEAN: None}
+    every: dict[str, How] = {CLEAN: None}
     return every | {f"{name}@{level}": (name, level) for name in dict.fromkeys(names) for level in levels}, levels
+
+
+def _to_show(
+    wanted: Mapping[str, How], figures: Mapping[str, Estimate], measure: Callable[[str], str]
+) -> dict[str, How]:
+    """Return the clean condition, and the hardest severity of the three corruptions that harm most."""
+    hardest = {how[0]: (name, how) for name, how in wanted.items() if how is not None}
+
+    def value(name: str) -> float:
+        found = figures.get(measure(name))
+        return 1.0 if found is None else found.value
+
+    worst = sorted(hardest.values(), key=lambda entry: value(entry[0]))[:3]
+    return {CLEAN: None, **dict(worst)}
 
 
 def _identity(model: nn.Module, data: Dataset | Source, seed: int, told: Mapping[str, Any]) -> str:
@@ -214,7 +233,7 @@ class _Shapes:
             batch = self.data.batch(rows)
             yield batch["x"].to(device), batch["y"].to(device), torch.tensor(rows)
 
-    def measure(self, how: tuple[str, int] | None) -> dict[str, Any]:
+    def measure(self, how: How) -> dict[str, Any]:
         """Return which clouds are recognised."""
         right: list[bool] = []
         for x, y, rows in self._batches():
@@ -258,10 +277,13 @@ class _Shapes:
             )
         return flags
 
-    def pictures(self, wanted: Mapping[str, Any]) -> list[tuple[str, Frame, Detections | None]]:
-        """Shapes are not drawn from above."""
-        del wanted
-        return []
+    def measure_of(self, condition: str) -> str:
+        """Return the name of the figure that says how hard a condition is."""
+        return f"{condition}/accuracy"
+
+    def pictures(self, conditions: Mapping[str, How], *, saliency: bool) -> tuple[list[SeenShapes], str]:
+        """Return some shapes under the conditions, and why saliency is missing."""
+        return see_shapes(self.model, self.data, conditions, saliency=saliency, seed=self.seed)
 
 
 class _Scenes:
@@ -275,7 +297,7 @@ class _Scenes:
         ]
         self.n = sum(n for n, _ in self.sequences)
 
-    def _played(self, how: tuple[str, int] | None) -> Iterator[tuple[list[Frame], list[Detections]]]:
+    def _played(self, how: How) -> Iterator[tuple[list[Frame], list[Detections]]]:
         """Yield the annotations of each sequence, and what was said; points are let go of, frame by frame."""
         start = 0
         for n, frames in self.sequences:
@@ -302,7 +324,7 @@ class _Scenes:
             raise ValueError(f"detect() gives label {int(said.labels.max())}; the data has {self.source.classes}")
         return Detections(said.boxes.cpu(), said.labels.cpu(), said.scores.cpu())
 
-    def measure(self, how: tuple[str, int] | None) -> dict[str, Any]:
+    def measure(self, how: How) -> dict[str, Any]:
         """Return AP by class and kind, and what tracking adds up to."""
         frames: list[Frame] = []
         said: list[Detections] = []
@@ -342,12 +364,13 @@ class _Scenes:
             flags.append("clean AP is nothing: do boxes, axes and the order of classes agree with the data's?")
         return flags
 
-    def pictures(self, wanted: Mapping[str, tuple[str, int] | None]) -> list[tuple[str, Frame, Detections | None]]:
-        """Return the first frame, clean and under the hardest of up to three corruptions, with what is found."""
-        frame, hardest = self.sequences[0][1][0], {}
-        for name, how in wanted.items():
-            if how is not None:
-                hardest[how[0]] = (name, how)
-        chosen = [(CLEAN, None), *list(hardest.values())[:3]]
-        frames = [(n, frame if how is None else corrupt_frame(frame, *how, generator=self.seed)) for n, how in chosen]
-        return [(name, seen, self._said(seen)) for name, seen in frames]
+    def measure_of(self, condition: str) -> str:
+        """Return the name of the figure that says how hard a condition is."""
+        return f"{condition}/map/{self.told['kinds'][0]}"
+
+    def pictures(self, conditions: Mapping[str, How], *, saliency: bool) -> tuple[list[SeenFrame], str]:
+        """Return a frame under the conditions, and why saliency is missing."""
+        return see_frames(
+            self.model, self.sequences, self.source.classes, conditions, self._said, tracked=self.source.tracked,
+            min_score=self.told["min_score"], saliency=saliency, seed=self.seed,
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The page of an evaluation of point clouds: curves against severity, all conditions, frames from above."""
+"""The page of an evaluation of point clouds: curves against severity, all conditions, frames and shapes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from robust_core.evaluation.layout import Card, Page
 from robust_core.evaluation.metrics import Estimate
 from robust_core.evaluation.sections.base import Plot, Section, Table, interval_text, number, percent, plot_of
 from vision_robust.lidar.evaluation import CLEAN, LidarReport
+from vision_robust.lidar.pictures import SeenFrame, SeenShapes
 
 __all__ = ["render"]
 
@@ -25,7 +26,7 @@ def render(report: LidarReport) -> str:
     n, levels = len(d["corruptions"]), _span(d["severities"])
     corrupted = f" · {n} corruptions at severities {levels}" if n else ""
     sections = [_curves(report, measure) for measure in _measures(report) if d["corruptions"]]
-    sections += [_above(report)] if report.shown else []
+    sections += [_seen(report)] if report.shown else []
     return Page(
         title=f"{d['model']} on {d['data']}",
         lead=f"{d['n']:,} {what}{corrupted} · seed {d['seed']} · {d['device']}",
@@ -101,16 +102,59 @@ def _value(report: LidarReport, name: str) -> float:
     return report[name].value if name in report.document["figures"] else float("nan")
 
 
-def _above(report: LidarReport) -> Section:
-    from vision_robust.lidar.birds_eye import birds_eye_plot
+def _seen(report: LidarReport) -> Section:
+    """Return the pictures, and what their colours say."""
+    from vision_robust.lidar.birds_eye import birds_eye_plot, shapes_plot
 
     drawn = []
-    for i, (name, frame, said) in enumerate(report.shown):
-        boxes = 0 if said is None else len(said.boxes)
-        alt = f"{name}: {len(frame.points)} points, {int((~frame.ignore).sum())} boxes to find, {boxes} found"
-        drawn.append(plot_of(birds_eye_plot(frame, detections=said, title=name), alt, "above", str(i), alt))
-    text = ["The first frame, clean and at the hardest severity of some corruptions; boxes point to their front."]
-    return Section("From above", text, drawn)
+    for i, seen in enumerate(report.shown):
+        if isinstance(seen, SeenShapes):
+            right = [a == b for a, b in zip(seen.truth, seen.said, strict=True)]
+            told = [a if good else f"{b}, is {a}" for a, b, good in zip(seen.truth, seen.said, right, strict=True)]
+            figure = shapes_plot(seen.clouds, told, right, weights=seen.weights, title=seen.name)
+            caption = f"{seen.name}: {sum(right)} of {len(right)} right; {'; '.join(told)}"
+        else:
+            figure = birds_eye_plot(
+                seen.frame, detections=seen.said, trails=seen.trails, weights=seen.weights, reach=_reach(seen),
+                title=seen.name,
+            )  # fmt: skip
+            tracks = f", {len(seen.trails)} tracks" if report.document["details"]["tracked"] else ""
+            caption = (
+                f"{seen.name}: {len(seen.frame.points):,} points, {int((~seen.frame.ignore).sum())} boxes to find, "
+                f"{len(seen.said.boxes)} found{tracks}"
+            )
+        drawn.append(plot_of(figure, caption, "seen", str(i), caption))
+    return Section(*_words(report), drawn)
+
+
+def _reach(seen: SeenFrame) -> float:
+    """Return how far to look: five metres beyond the farthest box."""
+    every = [b[:, :2].abs().amax() for b in (seen.frame.boxes, seen.said.boxes) if len(b)]
+    return float(np.clip(max([float(b) for b in every], default=35.0) + 5.0, 15.0, 60.0))
+
+
+def _words(report: LidarReport) -> tuple[str, list[str]]:
+    d, weighed = report.document, any(seen.weights is not None for seen in report.shown)
+    chosen = "clean, and at the hardest severity of the corruptions that harm most"
+    if d["task"] == "shapes":
+        title, text = "What the model looks at", [f"Some shapes, {chosen}; the mark says whether the answer is right."]
+        colours = "where a small move of the point would change the answer"
+    else:
+        title, least = "From above", d["details"]["min_score"]
+        tracks = (
+            " Lines of dots are where tracks came from, numbers who they are."
+            if report.document["details"]["tracked"]
+            else ""
+        )
+        text = [f"One frame, {chosen}; boxes point to their front, found ones score {least:g} or more.{tracks}"]
+        colours = (
+            "in and around boxes, where a small move of the point would worsen what is said; 1 is the most of each box"
+        )
+    if weighed:
+        text.append(f"Colours are the robust saliency of this model, averaged over noise: {colours}.")
+    if d["saliency"] != "shown":
+        text.append(f"{d['saliency']}.")
+    return title, text
 
 
 def _all(report: LidarReport) -> Table:

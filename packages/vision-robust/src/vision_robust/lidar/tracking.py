@@ -22,9 +22,9 @@ from torch import Tensor
 
 from robust_core.checks import check_choice, check_count, check_number
 from vision_robust.lidar.boxes import iou
-from vision_robust.lidar.types import Detections
+from vision_robust.lidar.types import Detections, Frame
 
-__all__ = ["SETTINGS", "KalmanTracker", "TrackSettings", "track_sequence"]
+__all__ = ["SETTINGS", "KalmanTracker", "TrackSettings", "track_sequence", "trails_of"]
 
 _F = np.eye(10)
 _F[:3, 7:] = np.eye(3)
@@ -238,3 +238,21 @@ def track_sequence(
         columns = [torch.cat([getattr(p, name) for p in parts]) for name in ("boxes", "labels", "scores", "track_ids")]
         out.append(Detections(*columns))
     return out
+
+
+def trails_of(seen: Sequence[Frame | Detections], poses: Sequence[Tensor]) -> dict[int, np.ndarray]:
+    """Return identity -> path (T, 2) of each track of the last entry, in metres of its own frame.
+
+    Args:
+        seen: boxes with ``track_ids``, frame by frame.
+        poses: (4, 4) of each, from its frame to one that does not move.
+    """
+    here = np.linalg.inv(np.asarray(poses[-1], np.float64))
+    paths: dict[int, list[np.ndarray]] = {int(i): [] for i in seen[-1].track_ids if int(i) >= 0}
+    for said, pose in zip(seen, poses, strict=True):
+        shift = here @ np.asarray(pose, np.float64)
+        centres = said.boxes[:, :3].detach().cpu().double().numpy() @ shift[:3, :3].T + shift[:3, 3]
+        for identity, centre in zip(said.track_ids.tolist(), centres, strict=True):
+            if identity in paths:
+                paths[identity].append(centre[:2])
+    return {identity: np.stack(path) for identity, path in paths.items()}

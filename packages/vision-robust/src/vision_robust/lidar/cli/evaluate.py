@@ -50,6 +50,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Clouds in one pass; no figure depends on it.")] = 64,
     seed: Seed = 0,
     device: Device = "auto",
+    saliency: Annotated[
+        bool, typer.Option(help="Show which points matter to the model on a few frames or shapes, by its gradients.")
+    ] = True,
     resume: Annotated[Path | None, typer.Option(help="Folder for finished conditions, to go on from.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for result.json and report.html.")] = None,
     json: Json = False,
@@ -77,6 +80,7 @@ def evaluate(
     with console.progress() as report:
         result = measure(
             network, found, corruptions=names, severities=levels, batch_size=batch_size, min_score=min_score,
-            frames=frames, generator=seed, resume=resume, name=model, command=command(), on_step=report, **options,
+            frames=frames, generator=seed, resume=resume, saliency=saliency, name=model, command=command(),
+            on_step=report, **options,
         )  # fmt: skip
     show(result, out, json)

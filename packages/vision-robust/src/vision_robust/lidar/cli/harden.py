@@ -33,7 +33,7 @@ def harden(
     method: Annotated[str, typer.Option(help=f"One of: {', '.join(METHODS)}.")] = "intact",
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Your own package.module:factory; a bundled network if left out."),
+        typer.Option("--model", "-m", help="Your package.module:factory; for scenes with a loss. Bundled if left out."),
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Factory of the teacher; built as the model if left out.")] = None,
     layout: Annotated[
@@ -70,29 +70,36 @@ def harden(
 
     from robust_core.device import choose_device
     from robust_core.training import cosine, scheduled
+    from vision_robust.lidar.intact import Classification, detection_of
     from vision_robust.lidar.intact import harden as train
-    from vision_robust.lidar.saved import save
+    from vision_robust.lidar.models import Unmasked
+    from vision_robust.lidar.saved import build, save
 
-    settings, found = _settings(options or []), open_data(data, split, train=True)
+    settings, own = _settings(options or []), None if model is None else _own(model, layout, seed)
+    found = open_data(data, split, None if own is None else getattr(own, "classes", None), train=True)
     columns, plan = _columns(found, frames, width, reach)
-    student, blueprint = _network(model, plan, layout, seed)
-    helper, _ = _network(teacher or model, plan, layout, seed + 1)
+    student = build(plan, seed=seed) if own is None else own
+    task = Classification() if _is_shapes(found) else detection_of(student)
+    theirs = teacher or model
+    helper = build(plan, seed=seed + 1) if theirs is None else _own(theirs, layout, seed + 1)
     where = choose_device(device)
     with console.progress() as report:
         done = train(
-            student.to(where), {k: v.to(where) for k, v in columns.items()}, method, task=_task(found, student),
+            student.to(where), {k: v.to(where) for k, v in columns.items()}, method, task=task,
             teacher=helper.to(where), settings=settings, epochs=epochs, batch_size=batch_size,
             optimiser=partial(torch.optim.Adam, lr=learning_rate), schedule=scheduled(cosine()), precision=precision,
             keep_outputs=_is_shapes(found), checkpoint=out / "checkpoints", generator=seed, on_step=report,
         )  # fmt: skip
-    if blueprint is None:
+    if own is None:
+        save(out, plan, student)
+        use = f"--model saved:{out}"
+    else:
         from robust_core.io import save_tensors
 
-        save_tensors(out / "weights.safetensors", student.state_dict())
+        bare = own.model if isinstance(own, Unmasked) else own  # as the factory builds it
+        save_tensors(out / "weights.safetensors", bare.state_dict())
         use = f"--model {model} --weights {out / 'weights.safetensors'}"
-    else:
-        save(out, blueprint, student)
-        use = f"--model saved:{out}"
+        use += "" if layout is None else f" --layout {layout}"
     _told(out, json, method=method, data=data, n=len(columns["x"]), steps=done.state.step, seed=seed, use=use)
 
 
@@ -140,27 +147,13 @@ def _columns(
     return columns_of(every), Blueprint("pillars", tuple(source.classes), {"grid": grid, "width": width or 32})
 
 
-def _network(spec: str | None, plan: Blueprint, layout: str | None, seed: int) -> tuple[nn.Module, Blueprint | None]:
-    from vision_robust.lidar.saved import build, load_network
+def _own(spec: str, layout: str | None, seed: int) -> nn.Module:
+    """Return a user's network, whose factory draws its first weights from ``seed``."""
+    from robust_core.random import reseeded
+    from vision_robust.lidar.saved import load_network
 
-    if spec is None:
-        return build(plan, seed=seed), plan
-    model, _ = load_network(spec, layout=layout)
-    return model, None
-
-
-def _task(found: Any, student: nn.Module) -> Any:
-    from vision_robust.lidar.intact import Classification, Detection
-    from vision_robust.lidar.models import PillarDetector
-
-    if _is_shapes(found):
-        return Classification()
-    if not isinstance(student, PillarDetector):
-        raise TypeError(
-            f"--model gives {type(student).__name__}; scenes train a PillarDetector (of your own making, if you like). "
-            "For another detector write a Perception and call vision_robust.lidar.intact.harden"
-        )
-    return Detection(student)
+    with reseeded(seed):
+        return load_network(spec, layout=layout)[0]
 
 
 def _told(out: Path, json: bool, **about: Any) -> None:

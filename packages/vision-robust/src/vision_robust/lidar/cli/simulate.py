@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["corrupt", "simulate"]
 
 LAYOUTS = ("object", "tracking")
-_SHOWN = 4
+_SHOWN, _PAST = 4, 20
+_DOTTED = "Boxes that returned fewer than five points are dotted; lines are where things came from, as seen from here."
 
 
 def _save(out: Path, document: dict[str, Any], page: str) -> None:
@@ -31,8 +32,10 @@ def _save(out: Path, document: dict[str, Any], page: str) -> None:
     write_atomic(out / "report.html", page)
 
 
-def _seen_from_above(frames: list[tuple[str, Frame]], title: str, text: list[str]) -> Section:
-    """Return a section with frames from above."""
+def _seen_from_above(
+    frames: list[tuple[str, Frame]], title: str, text: list[str], trails: dict[str, dict[int, Any]] | None = None
+) -> Section:
+    """Return a section with frames from above; ``trails`` are those of each name."""
     from robust_core.evaluation.plots import to_svg
     from robust_core.evaluation.sections.base import Plot, Section
     from vision_robust.lidar.birds_eye import birds_eye_plot
@@ -40,7 +43,8 @@ def _seen_from_above(frames: list[tuple[str, Frame]], title: str, text: list[str
     plots = []
     for i, (name, frame) in enumerate(frames):
         alt = f"{name} from above: {len(frame.points)} points and {len(frame.boxes)} boxes"
-        plots.append(Plot(to_svg(birds_eye_plot(frame), alt, f"above{i}"), f"{name}: {len(frame.points)} points"))
+        figure = birds_eye_plot(frame, trails=(trails or {}).get(name))
+        plots.append(Plot(to_svg(figure, alt, f"above{i}"), f"{name}: {len(frame.points):,} points"))
     return Section(title=title, text=text, plots=plots)
 
 
@@ -81,6 +85,7 @@ def simulate(
     from vision_robust.lidar.kitti import write_kitti
     from vision_robust.lidar.simulator import Drive, LidarSpec
     from vision_robust.lidar.simulator.engine import open3d
+    from vision_robust.lidar.tracking import trails_of
 
     open3d()
     spec = LidarSpec(n_beams=beams, azimuth_step_deg=azimuth_step, max_range_m=max_range, range_sigma_m=range_sigma,
@@ -95,7 +100,12 @@ def simulate(
         written = write_kitti(out, drives, layout=layout, everything=everything,
                               on_step=lambda task, done, _: report(task, done, frames * sequences))  # fmt: skip
     seconds = time.perf_counter() - start
-    first = [(f"sequence {name}, frame 0", drive[0]) for name, drive in drives[:_SHOWN]]
+    first, trails = [], {}
+    for name, drive in drives[:_SHOWN]:
+        seen = [drive[i] for i in range(min(frames, _PAST))]
+        title = f"sequence {name}, frame {len(seen) - 1}"
+        first.append((title, seen[-1]))
+        trails[title] = trails_of(seen, [frame.pose for frame in seen])
     figures = {
         "frames": float(written),
         "points": float(sum(len(f.points) for _, f in first) / len(first)),
@@ -107,7 +117,7 @@ def simulate(
         f"{beams} beams of {spec.n_azimuths} firings; {cars} cars, {pedestrians} people and {cyclists} cyclists "
         f"in each of {sequences} streets; range noise {range_sigma:g} m."
     )
-    above = _seen_from_above(first, "From above", ["Boxes that returned fewer than five points are dotted."])
+    above = _seen_from_above(first, "From above", [_DOTTED], trails)
     _save(out, document, _page(document, f"Simulated driving: {written} frames", [intro], [above]))
     _show(document, out, json)
 

@@ -20,7 +20,7 @@ which baseline they are measured against is not said.
 """
 
 from vision_robust.lidar.intact.curriculum import Curriculum
-from vision_robust.lidar.intact.detection import Detection, columns_of
+from vision_robust.lidar.intact.detection import Detection, OwnDetection, columns_of, detection_of
 from vision_robust.lidar.intact.perturbation import TargetedPerturbation
 from vision_robust.lidar.intact.saliency import robust_saliency
 from vision_robust.lidar.intact.tasks import Classification, Perception
@@ -35,11 +35,13 @@ __all__ = [
     "Detection",
     "Hardened",
     "MetaLearning",
+    "OwnDetection",
     "Perception",
     "Settings",
     "TargetedPerturbation",
     "adapted",
     "columns_of",
+    "detection_of",
     "harden",
     "robust_saliency",
 ]

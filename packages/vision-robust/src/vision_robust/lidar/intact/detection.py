@@ -3,22 +3,26 @@
 Heat is trained by the focal loss of centres (Law and Deng 2018, arXiv 1808.01244, equation 1, α = 2, β = 4), boxes by
 the absolute error at the cell of each centre. An attacker, and saliency, climb what is below the focal loss and does
 not fade on sure answers: the logit of each box's own centre, and the error of its box.
+
+A detector of your own brings its loss with it (:class:`OwnDetection`); :func:`detection_of` finds out which it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robust_core.training import Batch
 from vision_robust.lidar.boxes import points_in_boxes
+from vision_robust.lidar.intact.tasks import Perception
 from vision_robust.lidar.models.pillars import PillarDetector
 from vision_robust.lidar.types import Clouds, Frame
 
-__all__ = ["Detection", "columns_of"]
+__all__ = ["Detection", "OwnDetection", "columns_of", "detection_of"]
 
 
 def columns_of(frames: Sequence[Frame], *, margin: float = 1.0, channels: int = 4) -> dict[str, Tensor]:
@@ -117,3 +121,79 @@ class Detection:
         k = self.detector.n_classes
         apart = (student[:, :k] / temperature).sigmoid() - (teacher[:, :k].detach() / temperature).sigmoid()
         return apart.square().flatten(1).sum(1) * temperature**2
+
+
+class OwnDetection:
+    """Detection by any network that brings its own loss.
+
+    ``model(points (B, N, C), mask (B, N))`` returns whatever it likes; ``model.loss(outputs, boxes (B, K, 7), labels
+    (B, K))`` returns (B,) losses, labels being -1 where there is no box. It may also have ``gap(outputs, boxes,
+    labels)``, what an attacker and saliency climb, where the loss fades on sure answers; and ``distance(student,
+    teacher, temperature)`` between two outputs, (B,) each. Without them the loss is climbed, and the distance is the
+    mean squared difference, summed over the tensors of the outputs. All three read outputs, never weights: a student's
+    methods judge its teacher, too.
+
+    Args:
+        detector: the network.
+
+    Raises:
+        TypeError: it has no loss.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        if not callable(getattr(detector, "loss", None)):
+            raise TypeError(
+                f"{type(detector).__name__} has no loss(outputs, boxes (B, K, 7), labels (B, K)) -> (B,), outputs as "
+                "of forward(points, mask); without one a detector can be neither trained nor asked which points matter"
+            )
+        self._detector: tuple[Any] = (detector,)  # in a tuple: its weights are no state of the task
+
+    def _called(self, name: str, outputs: Any, *arguments: Any) -> Tensor:
+        value = getattr(self._detector[0], name)(outputs, *arguments)
+        if not isinstance(value, Tensor) or value.ndim != 1:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{type(self._detector[0]).__name__}.{name}() returns {got}; (B,) is needed, one a cloud")
+        return value
+
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the detector's own losses."""
+        return self._called("loss", outputs, batch["boxes"], batch["y"])
+
+    def gap(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the detector's own gap, or its loss."""
+        name = "gap" if callable(getattr(self._detector[0], "gap", None)) else "loss"
+        return self._called(name, outputs, batch["boxes"], batch["y"])
+
+    def distance(self, student: Any, teacher: Any, temperature: float) -> Tensor:
+        """Return the detector's own distance, or the mean squared difference of all tensors of the outputs."""
+        if callable(getattr(self._detector[0], "distance", None)):
+            return self._called("distance", student, teacher, temperature)
+        a, b = list(_tensors(student)), list(_tensors(teacher))
+        if not a or [t.shape for t in a] != [t.shape for t in b]:
+            raise TypeError(
+                f"student and teacher ({type(self._detector[0]).__name__}) answer in different forms; give it a "
+                "distance(student, teacher, temperature) -> (B,), or leave distillation out (kappa=0)"
+            )
+        return torch.stack([(p - q.detach()).square().flatten(1).mean(1) for p, q in zip(a, b, strict=True)]).sum(0)
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    """Yield the floating-point tensors (B, ...) of nested outputs, in their order."""
+    if isinstance(outputs, Tensor):
+        if outputs.is_floating_point() and outputs.ndim:
+            yield outputs
+    elif isinstance(outputs, Mapping):
+        for value in outputs.values():
+            yield from _tensors(value)
+    elif isinstance(outputs, list | tuple):
+        for value in outputs:
+            yield from _tensors(value)
+
+
+def detection_of(model: nn.Module) -> Perception:
+    """Return the task of a detector: :class:`Detection` of the bundled one, :class:`OwnDetection` of any other.
+
+    Raises:
+        TypeError: it brings no loss.
+    """
+    return Detection(model) if isinstance(model, PillarDetector) else OwnDetection(model)

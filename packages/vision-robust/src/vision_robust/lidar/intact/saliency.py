@@ -46,6 +46,7 @@ def robust_saliency(
     severity: float = 1.0,
     method: str = "gradient",
     smooth: int = 0,
+    even: bool = True,
     seed: int = 0,
 ) -> Tensor:
     """Return (B, N) w in [0, 1]; 0 for absent points, 1 at the most salient point of each cloud (or box).
@@ -60,6 +61,8 @@ def robust_saliency(
         severity: λ of each draw is uniform below it.
         method: one of :data:`SALIENCIES`.
         smooth: average over so many nearest neighbours; 0 for none.
+        even: where no point of a cloud (or box) matters, all count the same, 1 each, so that noise has something to
+            aim at; False leaves them at 0, which is what to look at.
         seed: of the draws, one stream for each sample.
 
     Raises:
@@ -87,7 +90,7 @@ def robust_saliency(
         total += torch.where(found.kept, score, 0)
     if smooth:
         total = _smoothed(clouds, total, smooth)
-    return normalised(total, clouds.mask, batch.get("region"))
+    return normalised(total, clouds.mask, batch.get("region"), even=even)
 
 
 def _gradient(model: nn.Module, task: Perception, clouds: Clouds, batch: Batch) -> Tensor:
@@ -114,10 +117,10 @@ def _smoothed(clouds: Clouds, score: Tensor, k: int) -> Tensor:
     return torch.where(there, values, 0).sum(-1) / there.sum(-1).clamp_min(1) * clouds.mask
 
 
-def normalised(score: Tensor, mask: Tensor, region: Tensor | None = None) -> Tensor:
+def normalised(score: Tensor, mask: Tensor, region: Tensor | None = None, *, even: bool = True) -> Tensor:
     """Return ``score (B, N)`` over its maximum in each cloud, or in each region (-1: zero).
 
-    Where all scores are 0 the points count the same, 1 each.
+    Where all scores are 0 the points count the same, 1 each, if ``even``.
     """
     score = score.masked_fill(~mask, 0.0)
     slot = torch.zeros_like(mask, dtype=torch.int64) if region is None else region.long() + 1
@@ -126,6 +129,8 @@ def normalised(score: Tensor, mask: Tensor, region: Tensor | None = None) -> Ten
     most = most.gather(1, slot) if slot.numel() else most
     there = mask if region is None else mask & (region >= 0)
     flat = there & (most <= 0)
-    if bool(flat.any()):
+    if not even:
+        flat = torch.zeros_like(flat)
+    elif bool(flat.any()):
         _LOGGER.warning("saliency is zero throughout %d clouds; their points count the same", int(flat.any(1).sum()))
     return torch.where(flat, 1.0, score / most.clamp_min(1e-30)).masked_fill(~there, 0.0)
