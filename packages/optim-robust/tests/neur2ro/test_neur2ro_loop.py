@@ -9,14 +9,14 @@ import pytest
 
 from optim_robust.neur2ro.adversary import Adversary
 from optim_robust.neur2ro.data import generate
-from optim_robust.neur2ro.families import CAPITAL_BUDGETING, KNAPSACK, fixed
+from optim_robust.neur2ro.families import CAPITAL_BUDGETING, CAPITAL_BUDGETING_LOANS, KNAPSACK, fixed
 from optim_robust.neur2ro.features import ItemFeatures
 from optim_robust.neur2ro.loop import Neur2RO, solve_neur2ro
 from optim_robust.neur2ro.main_problem import Instance, MainProblem
 from optim_robust.neur2ro.model import ValueModel
 from optim_robust.neur2ro.train import untrained
 from optim_robust.solver import Deadline, Status
-from optim_robust.two_stage import AffineMatrix, AffineVector, Stage, TwoStageProblem
+from optim_robust.two_stage import AffineMatrix, AffineVector, ExactCCG, Stage, TwoStageProblem
 from optim_robust.two_stage.capital_budgeting import CapitalBudgeting
 from optim_robust.two_stage.knapsack import RobustKnapsack
 from optim_robust.uncertainty import Box
@@ -25,7 +25,7 @@ SMALL = {"embed": (8, 6), "post": (8, 4), "value": (6,)}
 
 
 def _model(name: str = "knapsack", seed: int = 0) -> ValueModel:
-    family = {"knapsack": KNAPSACK, "capital": CAPITAL_BUDGETING}[name]
+    family = {"knapsack": KNAPSACK, "capital": CAPITAL_BUDGETING, "loans": CAPITAL_BUDGETING_LOANS}[name]
     data = generate(family, n_instances=4, n_first_stage=3, n_scenarios=4, sizes=(4, 5), per_instance=True)
     return untrained(data, family, label_scaling="per_instance", generator=seed, **SMALL)
 
@@ -79,6 +79,18 @@ def test_capital_budgeting_with_uncertain_constraints() -> None:
     assert answer.x is not None
     assert answer.lower_bound <= best + 1e-4 * abs(best)
     assert best <= answer.worst_case + 1e-3 * abs(best)
+
+
+def test_capital_budgeting_with_loans() -> None:
+    problem = CapitalBudgeting.random(4, loans=True, generator=3)
+    exact = ExactCCG().solve(problem)
+    answer = Neur2RO(_model("loans"), time_limit=30, adversary="gradient").solve(problem)
+    assert answer.x is not None
+    assert answer.certified
+    assert answer.lower_bound <= exact.worst_case + 1e-6
+    assert exact.lower_bound <= answer.worst_case + 1e-6
+    with pytest.raises(ValueError, match="capital-budgeting-loans"):
+        Neur2RO(_model("capital")).solve(problem)
 
 
 def test_the_planner_decides_as_an_enumeration_does() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from optim_robust.neur2ro.chains import decision_chain, encode, scenario_chain, value_chain
 from optim_robust.neur2ro.data import ValueData, generate
-from optim_robust.neur2ro.families import CAPITAL_BUDGETING, KNAPSACK, Family, fixed
+from optim_robust.neur2ro.families import CAPITAL_BUDGETING, CAPITAL_BUDGETING_LOANS, KNAPSACK, Family, fixed
 from optim_robust.neur2ro.model import ValueModel
 from optim_robust.neur2ro.network import SetValueNetwork
 from optim_robust.neur2ro.train import ValueRegression, scaled_labels, train, untrained
@@ -34,7 +34,8 @@ def _mixed_problem() -> TwoStageProblem:
 
 
 def _family(name: str) -> Family:
-    return {"knapsack": KNAPSACK, "capital": CAPITAL_BUDGETING, "mixed": fixed(_mixed_problem())}[name]
+    known = {"knapsack": KNAPSACK, "capital": CAPITAL_BUDGETING, "loans": CAPITAL_BUDGETING_LOANS}
+    return known[name] if name in known else fixed(_mixed_problem())
 
 
 def _data(name: str, per_instance: bool = False) -> ValueData:
@@ -77,12 +78,13 @@ def test_weights_are_a_function_of_the_seed_and_leave_the_global_state() -> None
 
 @pytest.mark.quick
 @pytest.mark.parametrize("agg", ["sum", "mean"])
-@pytest.mark.parametrize("name", ["knapsack", "capital", "mixed"])
+@pytest.mark.parametrize("name", ["knapsack", "capital", "loans", "mixed"])
 def test_chains_say_what_the_network_says(name: str, agg: str) -> None:
     data, family = _data(name), _family(name)
     model = untrained(data, family, embed=(9, 7, 5), post=(6, 4), value=(5, 3), agg=agg, bias_embed=True, generator=3)
     for i, features in enumerate(data.features):
-        problem_integer = np.array([True, True, True, False]) if name == "mixed" else np.ones(len(features.first), bool)
+        problem_integer = np.ones(len(features.first), bool)
+        problem_integer[-1] = name not in ("mixed", "loans")
         x, xi = data.x[i], data.xi[i][: len(data.x[i])]
         z_x = encode(decision_chain(model, features, problem_integer), x)
         z_xi = encode(scenario_chain(model, features), xi)

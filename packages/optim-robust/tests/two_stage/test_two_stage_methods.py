@@ -91,6 +91,45 @@ def test_capital_budgets_of_three_projects_agree_with_brute_force():
         assert found.worst_case == pytest.approx(slow_optimum(problem), abs=2e-4)
 
 
+def test_capital_budgets_with_loans_agree_with_a_grid():
+    """Costs change by at most their slopes between points of a grid."""
+    problem = CapitalBudgeting.random(2, n_factors=2, loans=True, generator=3)
+    step = 0.05
+    axis = np.arange(-1, 1 + step / 2, step)
+    grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    cost, gain = (v * (1 + grid @ e.T / 2) for v, e in ((problem.cost, problem.phi), (problem.revenue, problem.psi)))
+    late = np.array(list(itertools.product((0.0, 1.0), repeat=2)))
+
+    def on_grid(x):
+        left = problem.budget + x[2] - cost @ x[:2]
+        need = np.maximum(0, cost @ late.T - left[:, None])
+        second = 0.12 * 1.2 * need - 0.8 * gain @ late.T
+        second[:, (late + x[:2] > 1).any(1)] = np.inf
+        return (0.12 * x[2] - gain @ x[:2] + second.min(1)).max()
+
+    slope = (
+        np.abs(problem.psi * problem.revenue[:, None] / 2).sum()
+        + 0.144 * np.abs(problem.phi * problem.cost[:, None] / 2).sum()
+    )
+    best = math.inf
+    for first in itertools.product((0.0, 1.0), repeat=2):
+        need = max(0.0, 1.5 * problem.cost @ np.array(first) - problem.budget)
+        for loan in np.linspace(need, problem.max_loan, 25):
+            x = np.array([*first, loan])
+            best = min(best, on_grid(x))
+            if loan in (need, problem.max_loan):
+                worst = problem.evaluate(x)
+                assert worst.certified
+                assert on_grid(x) - 1e-5 <= worst.value <= on_grid(x) + slope * step
+    for method in (ExactCCG(), StaticRobust(), Nominal(), KAdaptability(2)):
+        found = method.solve(problem, time_limit=2 if isinstance(method, KAdaptability) else 20)
+        if isinstance(method, ExactCCG):
+            assert found.status == Status.OPTIMAL
+            assert found.worst_case <= best + slope * step
+        assert found.worst_case >= best - 0.144 * problem.max_loan / 24 - 1e-4
+        assert found.lower_bound <= best + slope * step
+
+
 def random_problem(seed):
     """Two binaries in each stage, everything uncertain: costs, both matrices, right-hand sides."""
     rng = np.random.default_rng(seed)
@@ -130,7 +169,11 @@ def test_random_problems_with_everything_uncertain_agree_with_brute_force(seed):
 
 
 def test_worst_cases_bound_every_sample_and_are_attained():
-    for problem in (RobustKnapsack.random(12, generator=5), CapitalBudgeting.random(7, generator=5)):
+    loans = CapitalBudgeting.random(5, loans=True, generator=5)
+    shares = {name: getattr(loans, name) for name in ("cost", "revenue", "phi", "psi", "budget")}
+    binding = CapitalBudgeting(**shares, max_loan=0.3 * loans.budget, loan_cost=0.05)
+    budgets = (CapitalBudgeting.random(7, generator=5), loans, binding)
+    for problem in (RobustKnapsack.random(12, generator=5), *budgets):
         x = problem.sample_first_stage(1, generator=1)[0]
         worst = problem.evaluate(x)
         costs = [

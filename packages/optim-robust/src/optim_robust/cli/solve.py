@@ -17,7 +17,9 @@ __all__ = ["solve"]
 ProblemWords = Annotated[
     str,
     typer.Option(
-        "--problem", "-p", help="model.py:build (your Pyomo model), instance.json, or a published RKP_… / CB_… file."
+        "--problem",
+        "-p",
+        help="model.py:build (your Pyomo model), instance.json, or a published RKP_… / CB_… file (CB_…:loans).",
     ),
 ]
 TimeLimit = Annotated[float, typer.Option("--time-limit", "-t", help="Seconds for each run.")]

@@ -48,8 +48,8 @@ def check_common(problems: list[str], methods: list[str], time_limit: float, tol
         ResourceError: a file that is not there, or a folder that cannot be written.
     """
     for words in problems:
-        name, colon, _ = words.rpartition(":")
-        file = name if colon and name.endswith(".py") else words
+        name, colon, end = words.rpartition(":")
+        file = name if colon and (name.endswith(".py") or (end == "loans" and not Path(words).is_file())) else words
         if not Path(file).is_file():
             raise DataMissingError(f"--problem {words}: no such file {file}")
     for words in methods:

@@ -24,8 +24,9 @@ from optim_robust.collab.team import Team
 from robust_core.checks import check_count
 from robust_core.claim import versions
 from robust_core.errors import CheckpointError
+from robust_core.evaluation.documents import save_document
 from robust_core.evaluation.metrics.estimate import mean, proportion
-from robust_core.io import save_tensors, write_atomic, write_json
+from robust_core.io import save_tensors
 from robust_core.models import fingerprint
 from robust_core.training.checkpoint import Checkpoints
 
@@ -223,9 +224,9 @@ class Experiment:
     def save(self, folder: Path) -> None:
         """Write ``result.json``, ``report.html``, ``peers.safetensors`` and the first peer's ``model.safetensors``."""
         document = self.document
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "result.json", document)
-        write_atomic(folder / "report.html", page(document))
+        save_document(folder, document, page(document), write_more=self._save_models)
+
+    def _save_models(self, folder: Path) -> None:
         theta = next(iter(self.runs.values())).theta
         save_tensors(folder / "peers.safetensors", {"theta": theta})
         state = {**self.team.program.model.state_dict(), **self.team.program.parameters(theta[0])}

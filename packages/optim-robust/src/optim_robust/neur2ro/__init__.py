@@ -23,7 +23,7 @@ choose, which is bilinear). Reconstructed: the programs without indicator constr
 Defaults of data, training and tolerances are the paper's.
 """
 
-from optim_robust.neur2ro.families import CAPITAL_BUDGETING, KNAPSACK, Family, family_of, fixed
+from optim_robust.neur2ro.families import CAPITAL_BUDGETING, CAPITAL_BUDGETING_LOANS, KNAPSACK, Family, family_of, fixed
 from optim_robust.neur2ro.loop import Neur2RO, quick_network, solve_neur2ro
 from optim_robust.neur2ro.model import ValueModel
 from optim_robust.neur2ro.network import SetValueNetwork
@@ -31,6 +31,7 @@ from optim_robust.neur2ro.train import fit_value_network
 
 __all__ = [
     "CAPITAL_BUDGETING",
+    "CAPITAL_BUDGETING_LOANS",
     "KNAPSACK",
     "Family",
     "Neur2RO",

@@ -1,7 +1,7 @@
 """Families of instances: what is drawn for training, and what the network sees of an instance.
 
-The paper's two, and any problem of the user's own: a family of one instance, whose items are told apart by one-hot
-features, so that the network learns the value of that problem alone.
+The paper's two (capital budgeting also with loans), and any problem of the user's own: a family of one instance, whose
+items are told apart by one-hot features, so that the network learns the value of that problem alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from optim_robust.two_stage.capital_budgeting import CapitalBudgeting
 from optim_robust.two_stage.knapsack import RobustKnapsack
 from robust_core.random import derive
 
-__all__ = ["CAPITAL_BUDGETING", "KNAPSACK", "Family", "family_of", "fixed"]
+__all__ = ["CAPITAL_BUDGETING", "CAPITAL_BUDGETING_LOANS", "KNAPSACK", "Family", "family_of", "fixed"]
 
 Array = NDArray[np.float64]
 
@@ -62,15 +62,20 @@ def _knapsack_features(problem: TwoStageProblem, per_instance: bool) -> ItemFeat
 
 
 def _capital_features(problem: TwoStageProblem, per_instance: bool) -> ItemFeatures:
-    """Features (c-bar, r-bar); of uncertain items also the factors (1 + phi'xi / 2, 1 + psi'xi / 2)."""
+    """Features (c-bar, r-bar); of uncertain items also the factors (1 + phi'xi / 2, 1 + psi'xi / 2).
+
+    The early loan is an item that costs its negative: it adds ``max_loan`` to the budget, for its price.
+    """
     if not isinstance(problem, CapitalBudgeting):
         raise TypeError(f"problem is a {type(problem).__name__}; the family of capital budgeting reads that problem")
     n = len(problem.cost)
     unit = float(problem.cost.mean()) if per_instance else 1.0
     static = np.stack([problem.cost, problem.revenue], axis=1) / unit
     slope = np.stack([problem.phi, problem.psi], axis=1) / 2
+    loan = np.array([[-problem.max_loan, -problem.loan_cost * problem.max_loan]]) / unit
+    first = np.vstack([static, loan]) if problem.max_loan else static
     return ItemFeatures(
-        static, static, slope, np.ones((n, 2)), problem.x.lower, problem.x.upper,
+        first, static, slope, np.ones((n, 2)), problem.x.lower, problem.x.upper,
         unit=float(problem.revenue.sum()), size=n, total=True,
     )  # fmt: skip
 
@@ -150,6 +155,10 @@ def _capital(n: int, seed: int) -> TwoStageProblem:
     return CapitalBudgeting.random(n, generator=seed)
 
 
+def _capital_loans(n: int, seed: int) -> TwoStageProblem:
+    return CapitalBudgeting.random(n, loans=True, generator=seed)
+
+
 KNAPSACK = Family(
     "knapsack", tuple(range(20, 81, 10)), _knapsack,
     _knapsack_features, _first_stage, _scenarios,
@@ -158,10 +167,16 @@ CAPITAL_BUDGETING = Family(
     "capital-budgeting", tuple(range(10, 51, 10)), _capital,
     _capital_features, _first_stage, _scenarios,
 )  # fmt: skip
+CAPITAL_BUDGETING_LOANS = Family(
+    "capital-budgeting-loans", CAPITAL_BUDGETING.sizes, _capital_loans,
+    _capital_features, _first_stage, _scenarios,
+)  # fmt: skip
 
 
 def family_of(problem: TwoStageProblem) -> Family:
     """Return the family that a problem belongs to."""
     if isinstance(problem, RobustKnapsack):
         return KNAPSACK
-    return CAPITAL_BUDGETING if isinstance(problem, CapitalBudgeting) else fixed(problem)
+    if isinstance(problem, CapitalBudgeting):
+        return CAPITAL_BUDGETING_LOANS if problem.max_loan else CAPITAL_BUDGETING
+    return fixed(problem)

@@ -135,12 +135,12 @@ class Neur2RO:
         """
         if not isinstance(problem, TwoStageProblem):
             raise TypeError(f"problem is a {type(problem).__name__}; a TwoStageProblem is needed")
-        family = self.family if self.family is not None else family_of(problem)
-        if family.name != self.model.family:
+        family = own = self.family if self.family is not None else family_of(problem)
+        if own.name != self.model.family and self.model.family.startswith("fixed:"):
             family = fixed(problem)
         if family.name != self.model.family:
             raise ValueError(
-                f"the network was trained for {self.model.family!r}; the problem is of {family.name!r}: train one with "
+                f"the network was trained for {self.model.family!r}; the problem is of {own.name!r}: train one with "
                 "fit_value_network"
             )
         return Instance.of(problem, self.model, family.features(problem, self.model.label_scaling == "per_instance"))
@@ -279,7 +279,7 @@ def quick_network(
     single = family.name.startswith("fixed:")
     chosen: dict[str, Any] = {
         "n_instances": 1 if single else 200, "n_first_stage": 40 if single else 6, "n_scenarios": 20,
-        "sizes": (problem.x.size,), "label_scaling": "per_instance", "contrast": 0.8, "epochs": 40,
+        "sizes": (family.features(problem, True).size,), "label_scaling": "per_instance", "contrast": 0.8, "epochs": 40,
         "sampler": "mixed" if isinstance(problem.uncertainty, Discrete) else "aligned",
         "learning_rate": 5e-3, "embed": (32, 16), "post": (16, 8), "value": (8,),
     }  # fmt: skip

@@ -4,9 +4,9 @@ Two programs from which everything else is built:
 
 - :func:`worst_of_plans`: ``max_xi min {cost of (x, y) at xi : y feasible at xi}``, where an oracle names the planner's
   answer to a xi. A branch and bound whose nodes are linear programs: an answer y either bounds the cost
-  (``theta <= cost_y(xi)``) or is broken in one of its rows, so the node where y is the answer splits into those cases,
-  and no big-M is needed. Answers that nothing can break are cuts for all nodes; where only costs are uncertain this is
-  a plain cutting-plane method.
+  (``theta <= cost_y(xi)``, for one of its costs where the greatest of several counts) or is broken in one of its rows,
+  so the node where y is the answer splits into those cases, and no big-M is needed. Answers of one case are cuts for
+  all nodes; where only costs are uncertain this is a plain cutting-plane method.
 - :func:`static_program`: ``min_{x, y} max_xi cost`` with one plan y that is feasible for every xi, by linear duality
   over the polyhedron, row by row (Ben-Tal and Nemirovski).
 """
@@ -32,6 +32,7 @@ __all__ = ["ROW_TOLERANCE", "Oracle", "Worst", "cost_ceiling", "static_program",
 
 Array = NDArray[np.float64]
 Oracle = Callable[[Array], tuple[float, Array | None, Status]]
+Forms = Callable[[Array, Array], tuple[list[tuple[float, Array]], tuple[Array, Array]]]
 ROW_TOLERANCE = 1e-4  # a plan counts as broken at xi when a row is exceeded by this times 1 + |h|
 
 
@@ -116,6 +117,7 @@ def worst_of_plans(
     tol: float = 1e-6,
     deadline: Deadline,
     probes: list[Array] | None = None,
+    forms: Forms | None = None,
 ) -> Worst:
     """Return ``max_xi`` of the oracle's cost, which must be the least among finitely many plans feasible at xi.
 
@@ -128,7 +130,10 @@ def worst_of_plans(
         tol: relative gap.
         deadline: past it the interval proven so far is returned.
         probes: points at which to ask first.
+        forms: (x, plan) -> its costs, affine in xi, of which the greatest counts, and its rows; the plan's own cost and
+            rows when None.
     """
+    described = forms if forms is not None else lambda x, y: ([problem.cost_form(x, y)], problem.row_form(x, y))
     value, worst, asked = -math.inf, None, 0
     above = ceiling + 1.0 + 0.01 * abs(ceiling)  # where every plan met so far is broken, more must be asked
     nodes = _Nodes(problem, above)
@@ -138,7 +143,7 @@ def worst_of_plans(
         asked += 1
         if y is None:
             return Worst(cost, max(cost, ceiling), xi, status, asked)
-        _split(problem, x, y, nodes, None, limit)
+        _split(problem, described(x, y), nodes, None, limit)
         if cost > value:
             value, worst = cost, xi
     while nodes.open:
@@ -168,7 +173,7 @@ def worst_of_plans(
         if cost >= bound - slack / 2:
             nodes.closed = max(nodes.closed, bound)
             continue
-        _split(problem, x, y, nodes, (bound, rows, rhs), limit)
+        _split(problem, described(x, y), nodes, (bound, rows, rhs), limit)
     upper = max([value, nodes.closed, *(-item[0] for item in nodes.open[:1])])
     done = upper <= value + _slack(value, tol)
     return Worst(value, upper, worst, Status.OPTIMAL if done else Status.TIME_LIMIT, asked)
@@ -178,29 +183,39 @@ def _slack(value: float, tol: float) -> float:
     return tol * max(1.0, abs(value)) if math.isfinite(value) else 0.0
 
 
+def _never_above(one: tuple[float, Array], other: tuple[float, Array], problem: TwoStageProblem) -> bool:
+    return bool(_interval(one[0] - other[0], one[1] - other[1], problem)[1] <= 0)
+
+
 def _split(
     problem: TwoStageProblem,
-    x: Array,
-    y: Array,
+    plan: tuple[list[tuple[float, Array]], tuple[Array, Array]],
     nodes: _Nodes,
     node: tuple[float, list[Array], list[float]] | None,
     limit: Array,
 ) -> None:
-    """Replace a node by: y bounds theta, or one of y's rows is broken. Without a node, keep only a cut for all."""
-    constant, slopes = problem.cost_form(x, y)
-    row0, row1 = problem.row_form(x, y)
+    """Replace a node by: one of the plan's costs bounds theta, or one of its rows is broken.
+
+    Without a node, or where there is one case only, it becomes a cut for all.
+    """
+    costs, (row0, row1) = plan
     breakable = np.flatnonzero(_interval(row0, row1, problem)[1] >= limit)
-    cut = np.append(-slopes, 1.0)
-    if len(breakable) == 0:
-        nodes.common.append(cut)
-        nodes.common_rhs.append(constant)
+    kept: list[tuple[float, Array]] = []
+    for cost in costs:  # one that is nowhere the greater is no case
+        if not any(_never_above(cost, other, problem) for other in kept):
+            kept = [other for other in kept if not _never_above(other, cost, problem)] + [cost]
+    cuts = [(np.append(-slopes, 1.0), constant) for constant, slopes in kept]
+    if len(breakable) == 0 and len(cuts) == 1:
+        nodes.common.append(cuts[0][0])
+        nodes.common_rhs.append(cuts[0][1])
     if node is None:
         return
     bound, rows, rhs = node
-    if len(breakable) == 0:
+    if len(breakable) == 0 and len(cuts) == 1:
         nodes.push(bound, rows, rhs)
         return
-    nodes.push(bound, [*rows, cut], [*rhs, constant])
+    for cut, constant in cuts:
+        nodes.push(bound, [*rows, cut], [*rhs, constant])
     for r in breakable:
         nodes.push(bound, [*rows, np.append(-row1[r], 0.0)], [*rhs, float(row0[r] - limit[r])])
 

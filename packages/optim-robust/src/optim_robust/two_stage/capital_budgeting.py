@@ -7,14 +7,24 @@ Projects are taken early (x) or, once xi in [-1, 1]^4 is known, late (y) at a fr
 
 With phi >= 0 and sum(phi_i) = 1, as in the generator, x is affordable for every xi exactly if 1.5 c'x <= B: a static
 row of X. Where some phi is negative that worst cost is not linear in x, and the row falls back to the nominal cost.
-Files: ``seed n 4 B max_loan``, then c, r, n lines phi, n lines psi. The loan variant of the papers is not built; a file
-with a loan is refused.
+
+With loans (the paper's mixed-integer variant; in the solver that its authors published the early loan is a continuous
+first-stage variable too) the planner may borrow x0 before and y0 after xi is known, each at most ``max_loan``:
+
+    min -r(xi)'(x + kappa y) + lambda (x0 + mu y0),  c(xi)'x <= B + x0,  c(xi)'(x + y) <= B + x0 + y0.
+
+Whatever projects are taken, y0 = max(0, c(xi)'(x + y) - B - x0) is best: at most 2^n plans still, each of which costs
+the greater of two affine functions of xi. ``max_loan`` = 1.5 sum(c) - B, as in the files, never binds.
+
+Files: ``seed n 4 B max_loan``, then c, r, n lines phi, n lines psi. The published ones name a ``max_loan`` although
+their published results are without loans: it is read only where loans are asked for.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,6 +55,9 @@ class CapitalBudgeting(TwoStageProblem):
         psi: (n, k) exposure of the revenues.
         budget: B.
         kappa: part of the revenue that a late project keeps, in [0, 1].
+        max_loan: the most that may be borrowed early, and again late; 0 is the problem without loans.
+        loan_cost: lambda, the price of a unit borrowed early, not negative.
+        late_factor: mu >= 1, how many times that a unit borrowed late costs.
         name: of the instance.
 
     Raises:
@@ -60,6 +73,9 @@ class CapitalBudgeting(TwoStageProblem):
         psi: ArrayLike,
         budget: float,
         kappa: float = 0.8,
+        max_loan: float = 0.0,
+        loan_cost: float = 0.12,
+        late_factor: float = 1.2,
         name: str = "capital budgeting",
     ) -> None:
         self.cost, self.revenue = (np.asarray(v, dtype=np.float64) for v in (cost, revenue))
@@ -75,34 +91,69 @@ class CapitalBudgeting(TwoStageProblem):
             raise ValueError("costs could become negative: cost >= 0 and sum |phi_i| <= 2 are needed")
         self.budget = float(check_number("budget", float(budget), low=0.0))
         self.kappa = float(check_number("kappa", float(kappa), low=0.0, high=1.0))
+        self.max_loan = float(check_number("max_loan", float(max_loan), low=0.0))
+        self.loan_cost = float(check_number("loan_cost", float(loan_cost), low=0.0))
+        self.late_factor = float(check_number("late_factor", float(late_factor), low=1.0))
         self.n = n
-        cost_slopes, revenue_slopes = (e / 2 * v[:, None] for e, v in ((self.phi, self.cost), (self.psi, self.revenue)))
-        none, eye = sparse.csr_matrix((n, n)), sparse.identity(n, format="csr")
-        load = sparse.csr_matrix(self.cost[None])
-        moved = {j: sparse.vstack([sparse.csr_matrix(cost_slopes[None, :, j]), none]) for j in range(k)}
-        # The worst cost of x over the box is c'x + sum_j |sum_i phi_ij c_i x_i| / 2, linear where phi >= 0.
-        worst = self.cost + (cost_slopes.sum(1) if (self.phi >= 0).all() else 0.0)
+        self._cost_slopes = self.phi / 2 * self.cost[:, None]
+        revenue_slopes = self.psi / 2 * self.revenue[:, None]
         super().__init__(
-            x=Stage.of(n, names=[f"early{i}" for i in range(n)]),
-            y=Stage.of(n, names=[f"late{i}" for i in range(n)]),
+            x=self._stage("early"),
+            y=self._stage("late"),
             uncertainty=Box(-np.ones(k), np.ones(k)),
-            c=AffineVector(-self.revenue, -revenue_slopes),
-            d=AffineVector(-self.kappa * self.revenue, -self.kappa * revenue_slopes),
-            technology=AffineMatrix(sparse.vstack([load, eye]), moved),
-            recourse=AffineMatrix(sparse.vstack([load, eye]), moved),
-            rhs=AffineVector(np.concatenate([[self.budget], np.ones(n)]), dim=k),
-            static=(worst[None], np.array([self.budget])),
-            row_names=["budget", *(f"once{i}" for i in range(n))],
+            c=self._prices(-self.revenue, -revenue_slopes, self.loan_cost),
+            d=self._prices(-self.kappa * self.revenue, -self.kappa * revenue_slopes, self.loan_cost * self.late_factor),
+            technology=self._rows("early"),
+            recourse=self._rows("late"),
+            rhs=AffineVector(np.concatenate([[self.budget] * (2 if self.max_loan else 1), np.ones(n)]), dim=k),
+            static=self._affordable(),
+            row_names=["budget", *(["early budget"] if self.max_loan else []), *(f"once{i}" for i in range(n))],
             name=name,
             sense=-1,
         )
 
+    def _stage(self, when: str) -> Stage:
+        names, loans = [f"{when}{i}" for i in range(self.n)], int(self.max_loan > 0)
+        return Stage.of(
+            self.n + loans,
+            upper=np.append(np.ones(self.n), [self.max_loan] * loans),
+            integer=np.append(np.ones(self.n, dtype=bool), [False] * loans),
+            names=names + [f"{when}_loan"] * loans,
+        )
+
+    def _prices(self, known: Array, slopes: Array, loan: float) -> AffineVector:
+        """Return costs of projects, and of a loan behind them where there are loans."""
+        if not self.max_loan:
+            return AffineVector(known, slopes)
+        return AffineVector(np.append(known, loan), np.vstack([slopes, np.zeros(slopes.shape[1])]))
+
+    def _rows(self, when: str) -> AffineMatrix:
+        """Return one stage's part of the rows: the budget, with loans also that of the early stage alone, and once."""
+        loans, k = int(self.max_loan > 0), self.phi.shape[1]
+
+        def load(costs: Array, loan: float) -> Any:
+            row = np.append(costs, [loan] * loans)
+            early = [row if when == "early" else 0 * row] * loans
+            return sparse.vstack([sparse.csr_matrix(np.array([row, *early])), sparse.csr_matrix((self.n, len(row)))])
+
+        once = sparse.vstack([sparse.csr_matrix((1 + loans, self.n + loans)), sparse.eye(self.n, self.n + loans)])
+        return AffineMatrix(load(self.cost, -1.0) + once, {j: load(self._cost_slopes[:, j], 0.0) for j in range(k)})
+
+    def _affordable(self) -> tuple[Array, Array]:
+        """Return the static row: c'x + sum_j |sum_i phi_ij c_i x_i| / 2, the worst cost of x over the box."""
+        worst = self.cost + (self._cost_slopes.sum(1) if (self.phi >= 0).all() else 0.0)
+        return np.append(worst, [-1.0] * int(self.max_loan > 0))[None], np.array([self.budget])
+
     @classmethod
-    def from_file(cls, path: str | Path) -> CapitalBudgeting:
+    def from_file(cls, path: str | Path, *, loans: bool = False) -> CapitalBudgeting:
         """Read a published instance (the format is in the module's text).
 
+        Args:
+            path: the file.
+            loans: whether its ``max_loan`` may be borrowed.
+
         Raises:
-            MalformedFileError: the file breaks this format, or allows loans.
+            MalformedFileError: the file breaks this format, or loans are asked for and it allows none.
         """
         lines = read_numbers(path)
         if not lines or len(lines[0]) != 5:
@@ -110,44 +161,55 @@ class CapitalBudgeting(TwoStageProblem):
         _, n, k, budget, loan = lines[0]
         if n < 1 or k < 1 or n != int(n) or k != int(k) or len(lines) != 3 + 2 * int(n):
             raise MalformedFileError(f"{path}: {n:g} projects need {3 + 2 * n:g} lines, {len(lines)} are there")
-        if loan != 0:
-            raise MalformedFileError(f"{path}: max_loan={loan:g}; the variant with loans is not supported")
+        if loans and loan <= 0:
+            raise MalformedFileError(f"{path}: max_loan={loan:g}; loans need one above 0")
         widths = [int(n)] * 2 + [int(k)] * (2 * int(n))
         wrong = next((i for i, (row, w) in enumerate(zip(lines[1:], widths, strict=True), 2) if len(row) != w), None)
         if wrong is not None:
             raise MalformedFileError(f"{path}, line {wrong}: {widths[wrong - 2]} numbers are needed")
         phi, psi = np.array(lines[3 : 3 + int(n)]), np.array(lines[3 + int(n) :])
+        name, most = (f"{Path(path).name}:loans", loan) if loans else (Path(path).name, 0.0)
         try:
-            return cls(cost=lines[1], revenue=lines[2], phi=phi, psi=psi, budget=budget, name=Path(path).name)
+            return cls(cost=lines[1], revenue=lines[2], phi=phi, psi=psi, budget=budget, max_loan=most, name=name)
         except ValueError as error:
             raise MalformedFileError(f"{path}: {error}") from error
 
     def to_file(self, path: str | Path, *, seed: int = 0) -> None:
-        """Write the instance in the published format."""
+        """Write the instance in the published format, which has no place for kappa and the prices of loans."""
         rows = [self.cost, self.revenue, *self.phi, *self.psi]
-        text = [f"{seed} {self.n} {self.dim} {self.budget!r} 0", *(" ".join(map(repr, row.tolist())) for row in rows)]
+        text = [
+            f"{seed} {self.n} {self.dim} {self.budget!r} {self.max_loan!r}",
+            *(" ".join(map(repr, row.tolist())) for row in rows),
+        ]
         Path(path).write_text("\n".join(text) + "\n", encoding="ascii")
 
     @classmethod
-    def random(cls, n: int, *, n_factors: int = 4, generator: Seed = None) -> CapitalBudgeting:
+    def random(cls, n: int, *, n_factors: int = 4, loans: bool = False, generator: Seed = None) -> CapitalBudgeting:
         """Draw an instance as the papers do: costs U[1, 10], revenue a fifth, exposures uniform on the simplex."""
         check_count("n", n)
         rng = np.random.default_rng(derive(resolve_seed(generator), "capital budgeting", n))
         cost = rng.uniform(1, 10, n)
         phi, psi = (rng.dirichlet(np.ones(check_count("n_factors", n_factors)), n) for _ in range(2))
-        return cls(cost=cost, revenue=cost / 5, phi=phi, psi=psi, budget=cost.sum() / 2, name=f"CB_n{n}_xi{n_factors}")
+        budget, name = float(cost.sum() / 2), f"CB_n{n}_xi{n_factors}" + ":loans" * loans
+        most = float(1.5 * cost.sum() - budget) if loans else 0.0
+        return cls(cost=cost, revenue=cost / 5, phi=phi, psi=psi, budget=budget, max_loan=most, name=name)
 
     def sample_first_stage(self, n_samples: int, *, generator: Seed = None) -> Array:
-        """Return (n_samples, n) affordable first stages: q uniform, then each project early with probability 1 - q.
+        """Return (n_samples, n_x) affordable first stages: q uniform, then each project early with probability 1 - q.
 
-        Draws that some xi makes unaffordable are rejected (the papers reject on the nominal cost only).
+        Draws that some xi makes unaffordable are rejected (the papers reject on the nominal cost only). Where there are
+        loans, every second early loan is the least that the projects need, the others lie between that and the most.
         """
         seed, rows = resolve_seed(generator), []
+        worst = self.A.toarray()[0, : self.n]
         for i in range(check_count("n_samples", n_samples)):
             rng = np.random.default_rng(derive(seed, "first stage", i))
-            x = np.ones(self.n)
-            while (self.A @ x > self.b).any():
+            need = math.inf
+            while need > self.max_loan:
                 x = (rng.random(self.n) < 1 - rng.random()).astype(np.float64)
+                need = max(0.0, float(worst @ x) - self.budget)
+            if self.max_loan:
+                x = np.append(x, need + (i % 2) * rng.random() * (self.max_loan - need))
             rows.append(x)
         return np.stack(rows)
 
@@ -156,16 +218,36 @@ class CapitalBudgeting(TwoStageProblem):
         return self.uncertainty.sample(n_samples, generator=generator)
 
     def recourse(self, x: Array, xi: Array, *, deadline: Deadline | None = None) -> Recourse:
-        """Solve the second stage exactly as a knapsack over the projects not yet taken."""
+        """Solve the second stage exactly as a knapsack over the projects not yet taken; the late loan extends it."""
         if deadline is not None and deadline.passed:
             return Recourse(math.nan, None, Status.TIME_LIMIT)
-        cost, gain = self.cost * (1 + self.phi @ xi / 2), -self.d.at(xi)
-        left = self.budget - float(cost @ x)
+        n, cost = self.n, self.cost * (1 + self.phi @ xi / 2)
+        gain, price = -self.d.at(xi)[:n], self.loan_cost * self.late_factor
+        left = self.budget + float(x[n:].sum()) - float(cost @ x[:n])
         if left < -1e-9 * (1 + self.budget):
             return Recourse(math.inf, None, Status.INFEASIBLE)
-        free = np.flatnonzero(x < 0.5)
+        left, free = max(0.0, left), np.flatnonzero(x[:n] < 0.5)
         twice = [np.repeat(np.maximum(v[free], low)[:, None], 2, axis=1) for v, low in ((cost, 0.0), (gain, -np.inf))]
-        value, option = multiple_choice_knapsack(twice[0], twice[1], max(0.0, left))
-        y = np.zeros(self.n)
+        value, option = multiple_choice_knapsack(twice[0], twice[1], left, loan=self.max_loan, price=price)
+        y = np.zeros(self.y.size)
         y[free] = option > 0
+        y[n:] = min(self.max_loan, max(0.0, float(cost @ y[:n]) - left))
         return Recourse(-value, y, Status.OPTIMAL)
+
+    @property
+    def finite_plans(self) -> bool:
+        """True: the late loan follows from the late projects and xi."""
+        return True
+
+    def plan_forms(self, x: Array, y: Array) -> tuple[list[tuple[float, Array]], tuple[Array, Array]]:
+        """Return the costs of the late projects y without a late loan and with one, and the rows at the greatest loan.
+
+        The greater cost counts: a loan that the budget does not need has a negative size in the second form.
+        """
+        if not self.max_loan:
+            return super().plan_forms(x, y)
+        bare, full = np.append(np.round(y[:-1]), 0.0), np.append(np.round(y[:-1]), self.max_loan)
+        constant, slopes = self.cost_form(x, bare)
+        over, more = self.row_form(x, bare)
+        price = self.loan_cost * self.late_factor
+        return [(constant, slopes), (constant + price * over[0], slopes + price * more[0])], self.row_form(x, full)

@@ -17,7 +17,7 @@ from optim_robust.two_stage.problem import TwoStageProblem
 from optim_robust.two_stage.solution import Step, TwoStageSolution
 from optim_robust.two_stage.tracking import OnStep
 from robust_core.claim import versions
-from robust_core.io import write_atomic, write_json
+from robust_core.evaluation.documents import save_document
 
 __all__ = ["Comparison", "Entry", "Method", "compare", "fingerprint"]
 
@@ -128,7 +128,7 @@ class Comparison:
             "figures": figures,
             "flags": self._flags(),
             "seconds": round(self.seconds, 3),
-            "versions": {**versions(), "highspy": _version("highspy"), "pyomo": _version("pyomo")},
+            "versions": versions("highspy", "pyomo"),
             "command": self.command,
             "details": {"time_limit": self.time_limit, "runs": [_row(entry) for entry in self.entries]},
         }
@@ -148,15 +148,7 @@ class Comparison:
     def save(self, folder: Path) -> None:
         """Write ``result.json`` and ``report.html``."""
         document = self.document
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "result.json", document)
-        write_atomic(folder / "report.html", page(document))
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
+        save_document(folder, document, page(document))
 
 
 def _set(problem: TwoStageProblem) -> str:

@@ -3,8 +3,8 @@
 Which way is taken follows from the problem's structure, and each ends with an attained cost and a proven upper bound:
 
 - a list of scenarios: each of them;
-- only costs uncertain, or a bounded integer second stage: the adversary against the planner's best answers, of which
-  there are finitely many (:func:`.adversary.worst_of_plans`);
+- only costs uncertain, or a bounded second stage of finitely many plans (as where all of it is integer): the adversary
+  against the planner's best answers (:func:`.adversary.worst_of_plans`);
 - a continuous second stage with uncertain right-hand sides or first-stage coefficients only: the cost is convex in xi,
   so one of the vertices is worst, where they can be listed;
 - anything else: branch and bound over boxes of xi. On each, a plan that is feasible for the *whole* box bounds the cost
@@ -64,8 +64,8 @@ def evaluate(problem: TwoStageProblem, x: Array, *, tol: float = 1e-6, deadline:
     clock = deadline if deadline is not None else Deadline()
     if isinstance(problem.uncertainty, Discrete):
         return evaluate_points(problem, x, problem.uncertainty.points, tol=tol, deadline=clock)
-    integer_only = bool(problem.y.integer.all()) and math.isfinite(cost_ceiling(problem, x))
-    if problem.objective_only or integer_only:
+    finite = problem.finite_plans and math.isfinite(cost_ceiling(problem, x))
+    if problem.objective_only or finite:
         return evaluate_pool(problem, x, tol=tol, deadline=clock)
     if problem.convex_in_xi:
         try:
@@ -95,7 +95,9 @@ def evaluate_pool(problem: TwoStageProblem, x: Array, *, tol: float = 1e-6, dead
     record = _Record(problem, x, deadline)
     ceiling = math.inf if problem.objective_only else cost_ceiling(problem, x)
     probes = [problem.uncertainty.nominal] if problem.objective_only else _probes(problem)
-    worst = worst_of_plans(problem, x, record.visit, ceiling=ceiling, tol=tol, deadline=deadline, probes=probes)
+    worst = worst_of_plans(
+        problem, x, record.visit, ceiling=ceiling, tol=tol, deadline=deadline, probes=probes, forms=problem.plan_forms
+    )
     if worst.value == math.inf:
         record.xi = worst.xi  # the adversary may know a more telling witness than the first
     return record.result(worst.upper, tol, worst.status)

@@ -2,7 +2,8 @@
 
 - ``model.py:build``: the file is run, ``build()`` returns a problem (``read_pyomo(…)`` of the user's model, for one);
 - ``instance.json``: ``{"kind": "knapsack" | "capital-budgeting", …}`` with the constructor's arguments;
-- any other file: a published instance; a first line of 3 numbers is a knapsack, of 5 a capital budget.
+- any other file: a published instance; a first line of 3 numbers is a knapsack, of 5 a capital budget, where
+  ``CB_n10_xi4_s1:loans`` lets its ``max_loan`` be borrowed.
 """
 
 from __future__ import annotations
@@ -38,17 +39,20 @@ def load_problem(words: str) -> TwoStageProblem:
     name, colon, function = words.rpartition(":")
     if colon and name.endswith(".py"):
         return _from_python(_there(name), function)
-    path = _there(words)
+    loans = function == "loans" and not Path(words).is_file()
+    path = _there(name if loans else words)
     if path.suffix == ".py":
         raise ValueError(f"{words}: name the function that builds the problem, as in {words}:build")
     if path.suffix == ".json":
         return _from_json(path)
     lines = read_numbers(path)
     width = len(lines[0]) if lines else 0
+    if width == 5:
+        return CapitalBudgeting.from_file(path, loans=loans)
+    if loans:
+        raise MalformedFileError(f"{words}: only capital budgets (5 numbers in line 1) know loans; {width} are there")
     if width == 3:
         return RobustKnapsack.from_file(path)
-    if width == 5:
-        return CapitalBudgeting.from_file(path)
     raise MalformedFileError(f"{path}, line 1: {width} numbers; 3 begin a knapsack, 5 a capital budget")
 
 

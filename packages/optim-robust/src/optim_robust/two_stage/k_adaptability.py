@@ -3,7 +3,8 @@
 K second-stage plans are fixed in advance; once xi is known the best feasible one is used. A node of the tree assigns
 the scenarios met so far to plans and solves for (x, y_1 .. y_K). The adversary against those K plans
 (:func:`.adversary.worst_of_plans`) gives their true worst case, an upper bound, and, if it exceeds the node's value, a
-scenario that is assigned to each plan in turn. K = 1 is the static plan.
+scenario that is assigned to each plan in turn. K = 1 is the static plan, K times which is the first incumbent: where
+rows are uncertain a tree alone may search long before its plans serve the whole set.
 
 The tree's bound is one on the best K plans, not on the two-stage optimum: ``info["k_adaptable_bound"]``.
 """
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optim_robust.solver import Answer, Program, Status
-from optim_robust.two_stage.adversary import ROW_TOLERANCE, worst_of_plans
+from optim_robust.two_stage.adversary import ROW_TOLERANCE, static_program, worst_of_plans
 from optim_robust.two_stage.problem import TwoStageProblem
 from optim_robust.two_stage.solution import TwoStageSolution, relative_gap
 from optim_robust.two_stage.static import restricted
@@ -31,6 +32,9 @@ __all__ = ["KAdaptability"]
 
 Array = NDArray[np.float64]
 Assignment = tuple[tuple[int, ...], ...]
+
+STATIC_SHARE = 0.4
+"""Of the time limit, at most, for the static plan."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,14 @@ class KAdaptability:
         root: Assignment = ((0,),) + ((),) * (self.k - 1)
         queue: list[tuple[float, int, Assignment]] = [(-math.inf, next(tie), root)]
         best, plans, stop, x_best, nodes = math.inf, None, Status.FEASIBLE, None, 0
+        start, static_x, static_y = static_program(problem)
+        alike = start.solve(run.deadline.at_most(STATIC_SHARE * run.deadline.limit)) if self.k > 1 else None
+        if alike is not None and alike.point is not None:
+            x, y = alike.point[static_x], np.repeat(alike.point[static_y][None], self.k, axis=0)
+            _, best = _worst_of_plans(problem, x, y[:1], run)
+            if best < math.inf:
+                plans, x_best = y, x
+                run.evaluate(x)
         closed = math.inf  # the least bound among nodes that were not split further
         while queue and not run.deadline.passed:
             bound, _, node = queue[0]

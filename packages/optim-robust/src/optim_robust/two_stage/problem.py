@@ -234,6 +234,11 @@ class TwoStageProblem:
         """Whether the cost of every x is convex in xi, so that a vertex is worst: continuous y, certain d and W."""
         return not self.y.integer.any() and self.d.is_constant and self.W.is_constant
 
+    @property
+    def finite_plans(self) -> bool:
+        """Whether the planner's answers are finitely many, each described at every xi by :meth:`plan_forms`."""
+        return bool(self.y.integer.all())
+
     # --- values ------------------------------------------------------------------------------------------------------
 
     def first_stage_cost(self, x: Array, xi: Array) -> float:
@@ -256,6 +261,13 @@ class TwoStageProblem:
         if not self.h.is_constant:
             slopes -= self.h.slopes.toarray()
         return t0 + w0 - self.h.constant, slopes
+
+    def plan_forms(self, x: Array, y: Array) -> tuple[list[tuple[float, Array]], tuple[Array, Array]]:
+        """Return a plan's costs, affine functions of xi of which the greatest counts, and its rows as in `row_form`.
+
+        A problem whose continuous recourse follows from its integer recourse and xi overrides this.
+        """
+        return [self.cost_form(x, y)], self.row_form(x, y)
 
     def violation(self, x: Array, y: Array, xi: Array) -> float:
         """Return by how much (x, y) breaks bounds, integrality, static rows or rows at ``xi`` (relative to 1 + |h|)."""
