@@ -21,6 +21,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from robust_core.models import padded
 from vision_robust.lidar.corruptions.cloud import (
     Cloud,
     Draws,
@@ -42,8 +43,8 @@ _SOME = (30, 25, 20, 15, 10)
 _REGIONS = (2, 3, 5, 7, 10)
 _GRID = 5
 _RADIUS = 0.5
-_AT_ONCE = 4
-"""Clouds whose 125 weights a point are held at once: what fits the caches."""
+_AT_ONCE = 8
+"""Clouds whose 125 weights a point are held at once, in one room for all: fresh memory costs as much as the sums."""
 _CELL = math.radians(4)
 _DEPTH = 0.15
 
@@ -121,13 +122,16 @@ def ffd(cloud: Cloud, level: int, draws: Draws) -> Cloud:
     """Move a lattice of 5 x 5 x 5 points by U(-c, c) of its length, c = 0.1 .. 0.5, and the points in it along."""
     c, n = 0.1 * (level + 1), _GRID
     lattice = (draws("lattice").uniform((n * n * n, 3)) * (2 * c) - c).to(cloud.xyz.dtype).transpose(1, 2).contiguous()
-    out = torch.empty_like(cloud.planes)
+    lattice, out = lattice.reshape(-1, 3 * n, n * n), torch.empty_like(cloud.planes)
+    room = out.new_empty(_AT_ONCE, n, n, out.shape[2])
     for rows in (slice(i, i + _AT_ONCE) for i in range(0, len(out), _AT_ONCE)):
         planes = cloud.planes[rows]
         x, y, z = _bernstein(((planes + 1) / 2).clamp_(0, 1)).unbind(1)  # each (B, 5, N)
-        weights = (x[:, :, None, None] * y[:, None, :, None] * z[:, None, None]).flatten(1, 3)
-        inside = (planes.abs() <= 1).all(1, keepdim=True)
-        out[rows] = torch.where(inside, planes + 2 * (lattice[rows] @ weights), planes)
+        weights = torch.mul(y[:, :, None], z[:, None], out=room[: len(planes)])
+        along = (lattice[rows] @ weights.flatten(1, 2)).unflatten(1, (3, n))  # y and z are summed, x is left
+        shift = along.mul_(x[:, None]).sum(2)
+        inside = planes.abs().amax(1, keepdim=True) <= 1
+        torch.add(planes, shift.mul_(inside), alpha=2, out=out[rows])
     return unit_box(cloud.in_planes(out))
 
 
@@ -149,13 +153,16 @@ def _warp(cloud: Cloud, level: int, draws: Draws, *, inverse: bool) -> Cloud:
     points, solve = _radial_system(inverse, cloud.xyz.device)
     alpha, gamma = ((draws("warp").uniform((2, len(points))) * 2 - 1) * math.pi).unbind(1)
     direction = torch.stack([alpha.cos() * gamma.sin(), alpha.sin() * gamma.sin(), gamma.cos()], -1)
-    coefficients = (solve @ (direction * (0.025 * (level + 1)))).transpose(1, 2).contiguous()  # (B, 3, 129)
+    moves = (direction * (0.025 * (level + 1))).transpose(1, 2).reshape(-1, len(points))
+    coefficients = (padded(moves) @ solve.T)[: len(moves)].reshape(-1, 3, len(solve))  # padded: rows keep their bits
     line = torch.linspace(-1, 1, _GRID, dtype=torch.float32, device=points.device)[:, None]
     out, n = torch.empty_like(cloud.planes), len(points)
+    room = line.new_empty(_AT_ONCE, _GRID, _GRID, _GRID, out.shape[2])
     for rows in (slice(i, i + _AT_ONCE) for i in range(0, len(out), _AT_ONCE)):
         planes = cloud.planes[rows].to(torch.float32)
         x, y, z = (planes[:, :, None] - line).square_().unbind(1)  # each (B, 5, N): a grid's distances are sums
-        squared = (x.add_(_RADIUS**2)[:, :, None, None] + y[:, None, :, None] + z[:, None, None]).flatten(1, 3)
+        flat = x.add_(_RADIUS**2)[:, :, None] + y[:, None]
+        squared = torch.add(flat[:, :, :, None], z[:, None, None], out=room[: len(planes)]).flatten(1, 3)
         kernel = squared.rsqrt_() if inverse else squared.sqrt_()
         affine = torch.cat([torch.ones_like(planes[:, :1]), planes], 1)
         shift = coefficients[rows, :, :n] @ kernel + coefficients[rows, :, n:] @ affine
