@@ -66,15 +66,8 @@ class KAdaptability:
         tie = itertools.count()
         root: Assignment = ((0,),) + ((),) * (self.k - 1)
         queue: list[tuple[float, int, Assignment]] = [(-math.inf, next(tie), root)]
-        best, plans, stop, x_best, nodes = math.inf, None, Status.FEASIBLE, None, 0
-        start, static_x, static_y = static_program(problem)
-        alike = start.solve(run.deadline.at_most(STATIC_SHARE * run.deadline.limit)) if self.k > 1 else None
-        if alike is not None and alike.point is not None:
-            x, y = alike.point[static_x], np.repeat(alike.point[static_y][None], self.k, axis=0)
-            _, best = _worst_of_plans(problem, x, y[:1], run)
-            if best < math.inf:
-                plans, x_best = y, x
-                run.evaluate(x)
+        best, plans, x_best = self._alike(problem, run)
+        stop, nodes = Status.FEASIBLE, 0
         closed = math.inf  # the least bound among nodes that were not split further
         while queue and not run.deadline.passed:
             bound, _, node = queue[0]
@@ -114,6 +107,19 @@ class KAdaptability:
         held = [problem.uncertainty.nominal] + ([run.worst.xi] if run.worst and run.worst.xi is not None else [])
         run.raise_bound(scenario_bound(problem, held, run.deadline))
         return run.finish(stop, policies=plans)
+
+    def _alike(self, problem: TwoStageProblem, run: Tracker) -> tuple[float, Array | None, Array | None]:
+        """Return (value, K plans, x) of the static plan, K times; infinite where none was found."""
+        program, x, y = static_program(problem)
+        answer = program.solve(run.deadline.at_most(STATIC_SHARE * run.deadline.limit))
+        if answer.point is None:
+            return math.inf, None, None
+        plans = np.repeat(answer.point[y][None], self.k, axis=0)
+        _, value = _worst_of_plans(problem, answer.point[x], plans[:1], run)
+        if value == math.inf:
+            return math.inf, None, None
+        run.evaluate(answer.point[x])
+        return value, plans, answer.point[x]
 
     def _node(
         self, problem: TwoStageProblem, scenarios: list[Array], node: Assignment, run: Tracker
