@@ -11,7 +11,7 @@ from gymnasium import spaces
 from torch import nn
 
 from rl_robust.bandits import Exp3IX
-from rl_robust.comparison import Settings, compare
+from rl_robust.comparison import Comparison, Settings, compare
 from rl_robust.evaluation import BrokenCertificateError, hold_certificate
 from rl_robust.hardening.contenders import train_contenders
 from rl_robust.nondominated import replay
@@ -67,6 +67,10 @@ def test_the_table_says_which_threat_a_figure_is_of(tmp_path: Path) -> None:
     assert page.count("<svg") == 4, "three distributions, one certificate"
     assert "not a stricter or laxer form" in page
     assert found.text().count("\n") == 5
+    again = Comparison.load(tmp_path)
+    assert again.html() == page
+    assert again["noisy/worst"].value == noisy["cells"]["worst"]["value"]
+    assert again.arrays.keys() == found.arrays.keys()
 
 
 def test_several_trainings_give_intervals_over_trainings() -> None:

@@ -239,14 +239,18 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({torch.get_num_threads()} threads)"
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
+def versions(*more: str) -> dict[str, str]:
+    """Return the versions that a result depends on: Python, the suite's packages, torch's kin and ``more``, if there.
+
+    Args:
+        more: names of further distributions, in small letters with dashes, such as ``"scikit-image"``.
+    """
     from importlib.metadata import distributions
 
-    wanted = {"torch", "torchvision", "numpy", "scipy", "scikit-learn"}
+    wanted = {"torch", "torchvision", "numpy", "scipy", "scikit-learn", *more}
     found = {"python": platform.python_version()}
     for dist in distributions():
-        name = (dist.metadata["Name"] or "").lower()
+        name = (dist.metadata["Name"] or "").lower().replace("_", "-")
         if name in wanted or name.endswith("-robust") or name in ("robust-core", "diffusion-unlearn"):
             found[name] = dist.version
     return dict(sorted(found.items()))

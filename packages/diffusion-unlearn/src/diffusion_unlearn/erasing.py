@@ -102,7 +102,7 @@ def erase_folder(
         "device": str(edited.unet.device),
         "precision": precision,
         "seconds": round(time.perf_counter() - started, 3),
-        "versions": {**versions(), **_libraries()},
+        "versions": versions("diffusers", "transformers"),
         "command": command,
     }
     write_json(out / "result.json", result)
@@ -126,9 +126,3 @@ def _flags(method: str, chosen: Any, templates: Sequence[str], kept: Sequence[st
     if getattr(edited, "safety_checker", None) is not None:
         found.append("the pipeline's safety checker was kept as it is; it hides pictures that this erasure lets pass")
     return found
-
-
-def _libraries() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("diffusers", "transformers")}

@@ -23,9 +23,8 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -41,17 +40,15 @@ from diffusion_unlearn.prompts import Prompt, PromptSet
 from diffusion_unlearn.showing import HIDDEN, Shown, shown_concept, shown_retained
 from robust_core.checks import check_choice, check_count, check_number
 from robust_core.claim import versions
-from robust_core.errors import UntrustedFileError
-from robust_core.evaluation.arrays import load_arrays, save_arrays
+from robust_core.evaluation.documents import RESULT, DocumentReport
 from robust_core.evaluation.metrics.estimate import Estimate, difference, mean, proportion
-from robust_core.io import read_json, write_atomic, write_json
 from robust_core.random import Seed, derive, resolve_seed
 
 __all__ = ["ErasureReport", "evaluate_erasure"]
 
 SCHEMA = "robust.diffusion-erasure/1"
-RESULT, ARRAYS, PAGE, ATTACK = "result.json", "per_sample.npz", "report.html", "attack"
-LIBRARIES = ("diffusers", "transformers", "diffusion-unlearn")
+ATTACK = "attack"
+LIBRARIES = ("diffusers", "transformers")
 FEW = 30
 OnStep = Callable[[str, int, int], None]
 Figures = dict[str, tuple[Estimate, dict[str, Any]]]
@@ -59,26 +56,23 @@ PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
-class ErasureReport:
+class ErasureReport(DocumentReport):
     """A finished evaluation.
 
     Attributes:
-        document: JSON; ``figures`` maps names to {"value", "interval", "n", "about"}.
+        document: JSON; figures, ``"before"``, ``"pre_asr"``, ``"asr"``, ``"retention/after"``, ``"frechet"`` …, also
+            say "about" what they are.
         arrays: numbers for each prompt.
         attack: what the attacks found, or None where none was tried.
-        shown: pictures for the page.
+        shown: pictures for the page, and nowhere else.
     """
 
-    document: dict[str, Any]
+    schemas = (SCHEMA,)
+    npz: ClassVar = {"arrays": "per_sample.npz"}
+
     arrays: dict[str, np.ndarray]
     attack: AttackReport | None = None
     shown: tuple[Shown, ...] = field(default_factory=tuple)
-
-    def __getitem__(self, name: str) -> Estimate:
-        """Return a figure: ``"before"``, ``"pre_asr"``, ``"asr"``, ``"retention/after"``, ``"frechet"`` …."""
-        entry = self.document["figures"][name]
-        interval = None if entry["interval"] is None else (entry["interval"][0], entry["interval"][1])
-        return Estimate(float("nan") if entry["value"] is None else entry["value"], interval, entry["n"])
 
     def html(self) -> str:
         """Return the report as one self-contained page."""
@@ -86,30 +80,14 @@ class ErasureReport:
 
         return render(self)
 
-    def save(self, folder: PathLike) -> Path:
-        """Write ``result.json``, ``per_sample.npz``, ``report.html`` and ``attack/``, each file atomically."""
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        save_arrays(place / ARRAYS, self.arrays)
+    def _write_more(self, folder: Path) -> None:
         if self.attack is not None:
-            self.attack.save(place / ATTACK)
-        write_atomic(place / PAGE, self.html())
-        write_json(place / RESULT, self.document)
-        return place
+            self.attack.save(folder / ATTACK)
 
     @classmethod
-    def load(cls, folder: PathLike) -> ErasureReport:
-        """Read what :meth:`save` wrote; pictures are in the page only.
-
-        Raises:
-            UntrustedFileError: the folder holds something else.
-        """
-        place = Path(folder)
-        document = read_json(place / RESULT)
-        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-            raise UntrustedFileError(f"{place / RESULT}: no report of schema {SCHEMA!r}")
-        attack = AttackReport.load(place / ATTACK) if (place / ATTACK / RESULT).is_file() else None
-        return cls(document, load_arrays(place / ARRAYS), attack)
+    def _read_more(cls, folder: Path, document: dict[str, Any]) -> dict[str, Any]:
+        del document
+        return {"attack": AttackReport.load(folder / ATTACK) if (folder / ATTACK / RESULT).is_file() else None}
 
 
 @dataclass(frozen=True)
@@ -249,7 +227,7 @@ def evaluate_erasure(
     shown += [] if retain is None else shown_retained(retain, after, before, judge, **look)
     document = _document(run, named, figures, attack, after) | {
         "seconds": round(time.perf_counter() - started, 3),
-        "versions": {**versions(), **_libraries()},
+        "versions": versions(*LIBRARIES),
         "command": command,
     }
     document["details"]["hidden"] = sum(cell.note == HIDDEN for row in shown for cell in row.cells)
@@ -419,13 +397,3 @@ def _flags_of_cost(run: _Run, figures: Figures) -> list[str]:
     if "frechet" in figures and len(retain) <= figures["frechet"][1]["dimension"]:
         flags.append("no more pictures than features: the Frechet distance is mostly bias")
     return flags
-
-
-def _libraries() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

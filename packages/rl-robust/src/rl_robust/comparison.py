@@ -25,14 +25,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
 
 from rl_robust.attacks.suite import SARSA_STEPS, Suite, usual_attacks
 from rl_robust.bandits import Exp3IX
-from rl_robust.evaluation import ARRAYS, PAGE, RESULT, hold_certificate
+from rl_robust.evaluation import hold_certificate
 from rl_robust.hardening.contenders import in_parts
 from rl_robust.nondominated.adaptive import replay
 from rl_robust.observation import EpisodeBudget, ObservationAttack, StepBudget
@@ -41,9 +41,8 @@ from rl_robust.saved import Hardened, least_return
 from rl_robust.smoothing import certify_return
 from robust_core.checks import check_count, check_number
 from robust_core.claim import versions
-from robust_core.evaluation.arrays import save_arrays
+from robust_core.evaluation.documents import DocumentReport
 from robust_core.evaluation.metrics.estimate import Estimate, mean
-from robust_core.io import write_atomic, write_json
 from robust_core.models import fingerprint
 from robust_core.random import Seed, derive, resolve_seed
 
@@ -99,15 +98,17 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(DocumentReport):
     """What a comparison found.
 
     Attributes:
-        document: JSON; ``rows`` hold ``cells`` by column, ``figures`` maps "row/column" to {"value", "interval", "n"}.
+        document: JSON; ``rows`` hold ``cells`` by column, figures are ``"row/column"``.
         arrays: returns of every episode, "row/seed/attack", and the curves of certificates.
     """
 
-    document: dict[str, Any]
+    schemas = (SCHEMA,)
+    npz: ClassVar = {"arrays": "per_episode.npz"}
+
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -141,15 +142,6 @@ class Comparison:
         from rl_robust.comparison_page import render
 
         return render(self)
-
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write ``result.json``, ``per_episode.npz`` and ``report.html`` into a folder."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_arrays(folder / ARRAYS, self.arrays)
-        write_atomic(folder / PAGE, self.html())
-        write_json(folder / RESULT, self.document)
-        return folder
 
 
 def _half(cell: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,17 +28,15 @@ from rl_robust.rollout import collect
 from rl_robust.task import Task
 from robust_core.checks import check_count
 from robust_core.claim import versions
-from robust_core.errors import RobustError, UntrustedFileError
-from robust_core.evaluation.arrays import load_arrays, save_arrays
+from robust_core.errors import RobustError
+from robust_core.evaluation.documents import DocumentReport
 from robust_core.evaluation.metrics.estimate import Estimate, difference, mean
-from robust_core.io import read_json, write_atomic, write_json
 from robust_core.models import fingerprint, model_device
 from robust_core.random import Seed, resolve_seed
 
 __all__ = ["BrokenCertificateError", "PolicyReport", "evaluate", "hold_certificate"]
 
 SCHEMA = "robust.policy/1"
-RESULT, ARRAYS, PAGE = "result.json", "per_episode.npz", "report.html"
 OnStep = Callable[[str, int, int], None]
 
 
@@ -47,52 +45,26 @@ class BrokenCertificateError(RobustError):
 
 
 @dataclass(frozen=True)
-class PolicyReport:
+class PolicyReport(DocumentReport):
     """What an evaluation found.
 
     Attributes:
-        document: JSON; ``figures`` maps names to {"value", "interval", "n"}.
+        document: JSON; figures are ``"clean/return"``, ``"worst/return"`` ….
         arrays: returns and lengths of every episode, by attack, and the certificate's curve.
-        traces: of the episodes that were watched, by attack.
+        traces: of the episodes that were watched, by attack; files keep them in the page only.
     """
 
-    document: dict[str, Any]
+    schemas = (SCHEMA,)
+    npz: ClassVar = {"arrays": "per_episode.npz"}
+
     arrays: dict[str, np.ndarray]
     traces: dict[str, tuple[Trace, ...]] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> Estimate:
-        """Return a figure, e.g. ``report["worst/return"]``."""
-        entry = self.document["figures"][name]
-        interval = None if entry["interval"] is None else (entry["interval"][0], entry["interval"][1])
-        return Estimate(float("nan") if entry["value"] is None else entry["value"], interval, entry["n"])
 
     def html(self) -> str:
         """Return the report as one self-contained page."""
         from rl_robust.page import render
 
         return render(self)
-
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write ``result.json``, ``per_episode.npz`` and ``report.html`` into a folder, each atomically."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_arrays(folder / ARRAYS, self.arrays)
-        write_atomic(folder / PAGE, self.html())
-        write_json(folder / RESULT, self.document)
-        return folder
-
-    @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> PolicyReport:
-        """Read what :meth:`save` wrote; traces are in the page only.
-
-        Raises:
-            UntrustedFileError: the folder holds something else.
-        """
-        folder = Path(directory)
-        document = read_json(folder / RESULT)
-        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-            raise UntrustedFileError(f"{folder / RESULT}: no report of schema {SCHEMA!r}")
-        return cls(document, load_arrays(folder / ARRAYS))
 
 
 def evaluate(

@@ -6,6 +6,7 @@
 """
 
 from robust_core.evaluation.compare import Comparison, IncomparableError, Leaderboard, compare, spread
+from robust_core.evaluation.documents import DocumentReport
 from robust_core.evaluation.evaluate import evaluate
 from robust_core.evaluation.invariant import InvariantError
 from robust_core.evaluation.metrics.estimate import Estimate
@@ -34,6 +35,7 @@ __all__ = [
     "Clean",
     "Comparison",
     "Corruptions",
+    "DocumentReport",
     "Estimate",
     "IncomparableError",
     "InvariantError",

@@ -20,9 +20,10 @@ import numpy as np
 
 from robust_core.checks import check_choice
 from robust_core.errors import RobustError
+from robust_core.evaluation.documents import RESULT
 from robust_core.evaluation.metrics.estimate import Estimate
 from robust_core.evaluation.metrics.paired import Paired, compare_correct
-from robust_core.evaluation.report import RESULT, Report
+from robust_core.evaluation.report import Report
 from robust_core.random import Seed
 
 __all__ = ["COLUMNS", "Comparison", "IncomparableError", "Leaderboard", "Row", "Spread", "compare", "spread"]

@@ -18,7 +18,7 @@ from robust_core.evaluation.cost import cost_of
 from robust_core.evaluation.metrics.estimate import Estimate
 from robust_core.evaluation.model_checks import check_model
 from robust_core.evaluation.parts import Adversarial, Calibration, Clean, Part, SecurityCurve, Summary
-from robust_core.evaluation.report import Report, merge
+from robust_core.evaluation.report import Report
 from robust_core.evaluation.run import Run
 from robust_core.evaluation.schema import SCHEMA, threat_json
 from robust_core.models import Classifier, model_device
@@ -165,7 +165,7 @@ def _document(
         "n": len(run.data),
         "seed": run.seed,
         "device": _device(run.device),
-        "figures": merge(figures),
+        "figures": {label: figure.as_json() for label, figure in figures.items()},
         "flags": list(dict.fromkeys(flags)),
         "seconds": 0.0,
         "versions": versions(),

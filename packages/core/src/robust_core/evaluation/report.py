@@ -7,20 +7,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from robust_core.errors import UntrustedFileError
-from robust_core.evaluation.arrays import load_arrays, save_arrays
+from robust_core.evaluation.documents import DocumentReport
 from robust_core.evaluation.invariant import Comparison, check_invariant
 from robust_core.evaluation.metrics.estimate import Estimate
-from robust_core.evaluation.schema import check_document
-from robust_core.io import read_json, write_atomic, write_json
+from robust_core.evaluation.schema import SCHEMA, check_document
 
 __all__ = ["Report"]
 
-RESULT, PER_SAMPLE, PAGE = "result.json", "per_sample.npz", "report.html"
 NEEDED = {
     "clean": ("index", "label", "correct", "confidence"),
     "calibration": ("confidence", "correct"),
@@ -35,7 +33,7 @@ NEEDED = {
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(DocumentReport):
     """The result of one evaluation.
 
     A report is checked whenever it is made, by :func:`evaluate` or from a file: its keys, and that no attack in it
@@ -46,22 +44,15 @@ class Report:
         per_sample: ``<part>/<array>`` -> array whose first axis is the sample (examples and curves aside).
     """
 
-    document: dict[str, Any]
+    schemas = (SCHEMA,)
+    npz: ClassVar = {"per_sample": "per_sample.npz"}
+
     per_sample: dict[str, np.ndarray]
 
     def __post_init__(self) -> None:
         check_document(self.document)
         _check_arrays(self.parts(), self.per_sample)
         self.comparisons()
-
-    def __getitem__(self, name: str) -> Estimate:
-        """Return a figure, e.g. ``report["adversarial/accuracy"]``."""
-        figures = self.document["figures"]
-        if name not in figures:
-            raise KeyError(f"no figure {name!r}; there are {', '.join(sorted(figures)[:12])}, ...")
-        entry = figures[name]
-        interval = None if entry["interval"] is None else (entry["interval"][0], entry["interval"][1])
-        return Estimate(math.nan if entry["value"] is None else entry["value"], interval, entry["n"])
 
     def __str__(self) -> str:
         d = self.document
@@ -71,16 +62,6 @@ class Report:
             lines.append(f"  {label:<32} {shown}")
         lines += [f"  FLAG: {flag}" for flag in self.flags]
         return "\n".join(lines)
-
-    @property
-    def figures(self) -> dict[str, Estimate]:
-        """Name -> figure."""
-        return {name: self[name] for name in self.document["figures"]}
-
-    @property
-    def flags(self) -> list[str]:
-        """Reasons to distrust the figures."""
-        return list(self.document["flags"])
 
     def parts(self, kind: str | None = None) -> list[dict[str, Any]]:
         """Return the descriptions of the parts, of one kind or all."""
@@ -136,24 +117,11 @@ class Report:
             directory: made if it is not there.
             beside: reports of other models, which the page shows beside this one; their files are not written.
         """
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_arrays(folder / PER_SAMPLE, self.per_sample)
-        write_atomic(folder / PAGE, self.html(beside=beside))
-        write_json(folder / RESULT, self.document)
-        return folder
+        return self._save(directory, self.html(beside=beside))
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> Report:
-        """Read a report written by :meth:`save`; the page is not read, it can be made again.
-
-        Raises:
-            UntrustedFileError: a file is damaged, hostile, or holds keys that do not belong there.
-            OSError: a file is missing.
-        """
-        folder = Path(directory)
-        document = check_document(read_json(folder / RESULT), source=str(folder / RESULT))
-        return cls(document, load_arrays(folder / PER_SAMPLE))
+    def _checked(cls, document: Any, source: str) -> dict[str, Any]:
+        return check_document(document, source=source)
 
 
 def _check_arrays(parts: list[dict[str, Any]], per_sample: Mapping[str, np.ndarray]) -> None:
@@ -176,13 +144,3 @@ def _shown(estimate: Estimate) -> str:
     interval = estimate.interval
     spread = "" if interval is None else f" [{interval[0]:.4f}, {interval[1]:.4f}]"
     return f"{estimate.value:.4f}{spread} n={estimate.n}"
-
-
-def is_report(directory: Path) -> bool:
-    """Tell whether a folder holds a result."""
-    return (directory / RESULT).is_file()
-
-
-def merge(figures: Mapping[str, Estimate]) -> dict[str, Any]:
-    """Return figures as JSON."""
-    return {name: estimate.as_json() for name, estimate in figures.items()}

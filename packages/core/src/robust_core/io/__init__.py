@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from robust_core.io.files import (
     inside,
+    json_text,
     parse_json,
     read_bytes,
     read_json,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "inside",
+    "json_text",
     "load_tensors",
     "load_weights",
     "parse_json",

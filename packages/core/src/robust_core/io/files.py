@@ -22,6 +22,7 @@ from robust_core.errors import UntrustedFileError
 
 __all__ = [
     "inside",
+    "json_text",
     "open_plain",
     "parse_json",
     "read_bytes",
@@ -96,13 +97,18 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
-def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:
-    """Write ``value`` atomically as JSON that every parser reads.
+def json_text(value: Any, *, indent: int | None = 2) -> str:
+    """Return ``value`` as JSON that every parser reads, ending in a new line.
 
     Raises:
         ValueError: ``value`` holds NaN or infinity, which JSON has no word for.
     """
-    write_atomic(path, json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False) + "\n")
+    return json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:
+    """Write ``value`` atomically as JSON; see :func:`json_text`."""
+    write_atomic(path, json_text(value, indent=indent))
 
 
 def open_plain(path: Path) -> BinaryIO:

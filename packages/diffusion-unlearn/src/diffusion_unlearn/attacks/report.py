@@ -11,13 +11,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,40 +26,35 @@ from diffusion_unlearn.metrics import attack_rates
 from diffusion_unlearn.prompts import Prompt, PromptSet, write_prompts
 from robust_core.claim import versions
 from robust_core.errors import UntrustedFileError
-from robust_core.evaluation.arrays import load_arrays, save_arrays
-from robust_core.evaluation.metrics.estimate import Estimate
-from robust_core.io import read_json, write_atomic, write_json
+from robust_core.evaluation.documents import RESULT, DocumentReport
 
 __all__ = ["SCHEMA", "AttackReport", "new_document"]
 
 SCHEMA = "robust.diffusion-attack/1"
-RESULT, ARRAYS, PAGE, TEXTS = "result.json", "per_sample.npz", "report.html", "found.csv"
-LIBRARIES = ("diffusers", "transformers", "diffusion-unlearn")
+TEXTS = "found.csv"
+LIBRARIES = ("diffusers", "transformers")
 FEW = 30
 
 
 @dataclass(frozen=True)
-class AttackReport:
+class AttackReport(DocumentReport):
     """A finished attack on N prompts.
 
     Attributes:
-        document: JSON; ``figures`` maps names to {"value", "interval", "n"}.
+        document: JSON; figures are ``"pre_asr"``, ``"asr"``, ``"asr/p4d"``, ``"embedding/inversion"`` ….
         arrays: numbers for each prompt.
         tries: N prompts with seed and guidance.
         unattacked: what the judge said of them as they are.
         found: attack -> what it found for each prompt; None where the prompt needed no attack.
     """
 
-    document: dict[str, Any]
+    schemas = (SCHEMA,)
+    npz: ClassVar = {"arrays": "per_sample.npz"}
+
     arrays: dict[str, np.ndarray]
     tries: tuple[Try, ...]
     unattacked: tuple[Found, ...]
     found: Mapping[str, Sequence[Found | None]]
-
-    def __getitem__(self, name: str) -> Estimate:
-        """Return a figure: ``"pre_asr"``, ``"asr"``, ``"asr/p4d"``, ``"embedding/inversion"``."""
-        entry = self.document["figures"][name]
-        return Estimate(entry["value"], (entry["interval"][0], entry["interval"][1]), entry["n"])
 
     @property
     def broken(self) -> np.ndarray:
@@ -85,31 +78,15 @@ class AttackReport:
 
         return render(self)
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the files into a folder, each atomically, the document last."""
-        place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        save_arrays(place / ARRAYS, self.arrays)
+    def _write_more(self, folder: Path) -> None:
         texts = self.texts()
         if texts is not None:
-            write_prompts(place / TEXTS, texts)
-        write_atomic(place / PAGE, self.html())
-        write_json(place / RESULT, self.document)
-        return place
+            write_prompts(folder / TEXTS, texts)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> AttackReport:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            UntrustedFileError: the folder holds something else.
-        """
-        place = Path(folder)
-        document = read_json(place / RESULT)
-        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-            raise UntrustedFileError(f"{place / RESULT}: no report of schema {SCHEMA}")
-        rows = document["details"]["prompts"]
+    def _read_more(cls, folder: Path, document: dict[str, Any]) -> dict[str, Any]:
         try:
+            rows = document["details"]["prompts"]
             tries = tuple(Try(r["text"], r["seed"], r["guidance"]) for r in rows)
             unattacked = tuple(Found.from_json(r["unattacked"]) for r in rows)
             found = {
@@ -117,8 +94,8 @@ class AttackReport:
                 for label in document["threat"]
             }
         except (KeyError, TypeError) as error:
-            raise UntrustedFileError(f"{place / RESULT}: no report of an attack ({error})") from error
-        return cls(document, load_arrays(place / ARRAYS), tries, unattacked, found)
+            raise UntrustedFileError(f"{folder / RESULT}: no report of an attack ({error})") from error
+        return {"tries": tries, "unattacked": unattacked, "found": found}
 
 
 def new_document(
@@ -181,7 +158,7 @@ def new_document(
         "figures": {label: figure.as_json() for label, figure in figures.items()},
         "flags": _flags(found, hits, attacks, pre, checked=checked),
         "seconds": round(time.perf_counter() - started, 3),
-        "versions": {**versions(), **_libraries()},
+        "versions": versions(*LIBRARIES),
         "command": command,
         "details": {
             "judge": dict(judge),
@@ -244,13 +221,3 @@ def _flags(
             if attacks[label].needs_target and int(hits[label].sum()) < int(hits["random"].sum()):
                 flags.append(f"{label} broke fewer prompts than random tokens did: doubt its settings")
     return flags
-
-
-def _libraries() -> dict[str, str]:
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

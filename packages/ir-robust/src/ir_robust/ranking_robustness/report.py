@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ir_robust.formats import write_run
 from ir_robust.ranking_robustness.session import Kept
-from robust_core.errors import UntrustedFileError
-from robust_core.evaluation.arrays import load_arrays, save_arrays
+from robust_core.evaluation.documents import DocumentReport
 from robust_core.evaluation.metrics.estimate import Estimate
-from robust_core.io import read_json, write_atomic, write_json
 
 __all__ = ["SCHEMA", "RobustnessReport", "plain"]
 
 SCHEMA = "robust.ranking-robustness/1"
-RESULT, ARRAYS, PAGE, RUNS = "result.json", "per_query.npz", "report.html", "runs"
+RUNS = "runs"
 BEST, TIED = "★", "☆"
 LEGEND = (
     f"{BEST} best of its task, clearly: the 95 % intervals of its paired differences leave out 0; {TIED} best, but not "
@@ -35,28 +33,21 @@ def plain(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class RobustnessReport:
+class RobustnessReport(DocumentReport):
     """The report card of several models.
 
     Attributes:
-        document: JSON; ``figures`` maps ``task/model/figure`` to {"value", "interval", "n"}, ``details`` holds tasks,
-            winners and paired tests.
+        document: JSON; figures are ``task/model/figure``, such as ``"variance/bm25/nDCG@10/mean"``; ``details`` holds
+            tasks, winners and paired tests.
         arrays: ``task/model/condition/measure`` -> (R, Q) values of queries.
         kept: the rankings behind the figures; empty in a report that was read from a folder.
     """
 
-    document: dict[str, Any]
+    schemas = (SCHEMA,)
+    npz: ClassVar = {"arrays": "per_query.npz"}
+
     arrays: dict[str, np.ndarray]
     kept: tuple[Kept, ...] = field(default=(), repr=False)
-
-    def __getitem__(self, name: str) -> Estimate:
-        """Return a figure, e.g. ``report["variance/bm25/nDCG@10/mean"]``."""
-        figures = self.document["figures"]
-        if name not in figures:
-            raise KeyError(f"no figure {name!r}; there are {', '.join(sorted(figures)[:8])}, ...")
-        entry = figures[name]
-        interval = None if entry["interval"] is None else (entry["interval"][0], entry["interval"][1])
-        return Estimate(math.nan if entry["value"] is None else entry["value"], interval, entry["n"])
 
     @property
     def models(self) -> list[str]:
@@ -135,28 +126,17 @@ class RobustnessReport:
         return written
 
     def save(self, directory: str | os.PathLike[str], *, runs: bool = True) -> Path:
-        """Write ``result.json``, ``per_query.npz``, ``report.html`` and ``runs/`` into a folder."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_arrays(folder / ARRAYS, self.arrays)
-        write_atomic(folder / PAGE, self.html())
-        if runs and self.kept:
-            self.save_runs(folder / RUNS)
-        write_json(folder / RESULT, self.document)
-        return folder
+        """Write ``result.json``, ``per_query.npz``, ``report.html`` and ``runs/`` into a folder, the document last.
 
-    @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> RobustnessReport:
-        """Read what :meth:`save` wrote; rankings stay in their files.
-
-        Raises:
-            UntrustedFileError: the folder holds something else.
+        Args:
+            directory: made if it is not there.
+            runs: whether to write the rankings, if the report holds them.
         """
-        folder = Path(directory)
-        document = read_json(folder / RESULT)
-        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-            raise UntrustedFileError(f"{folder / RESULT}: no report of schema {SCHEMA!r}")
-        return cls(document, load_arrays(folder / ARRAYS))
+        return super().save(directory) if runs else replace(self, kept=()).save(directory)
+
+    def _write_more(self, folder: Path) -> None:
+        if self.kept:
+            self.save_runs(folder / RUNS)
 
 
 def _cell(text: str) -> str:

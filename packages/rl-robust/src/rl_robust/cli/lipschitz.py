@@ -70,7 +70,7 @@ def imitate(
     from rl_robust.lipschitz import cloning, largest_slope
     from rl_robust.lipschitz.page import render
     from robust_core.claim import versions
-    from robust_core.io import write_atomic, write_json
+    from robust_core.evaluation.documents import save_document
 
     started = time.perf_counter()
     words = TaskWords(env=env, env_set=env_set or (), max_steps=max_steps, scale=scale, normaliser=normaliser)
@@ -98,8 +98,7 @@ def imitate(
         "policies": folders, "seed": seed, "seconds": round(time.perf_counter() - started, 3), "versions": versions(),
         "command": command(),
     }  # fmt: skip
-    write_atomic(out / "report.html", render(document, rows))
-    write_json(out / "result.json", document)
+    save_document(out, document, render(document, rows))
     if json:
         console.emit_json(document)
         return

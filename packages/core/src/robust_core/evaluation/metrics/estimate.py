@@ -7,9 +7,9 @@ Shares carry the exact Clopper-Pearson interval, means the Student interval, are
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from scipy import special
@@ -42,6 +42,25 @@ class Estimate:
         """Return ``{"value", "interval", "n"}``, undefined numbers as null."""
         low_high = None if self.interval is None else [_finite(end) for end in self.interval]
         return {"value": _finite(self.value), "interval": low_high, "n": self.n}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Self:
+        """Return what :meth:`as_json` wrote; further keys are passed over.
+
+        A value of null is NaN; an end of an interval that is null is no bound, the infinity on its side.
+
+        Raises:
+            KeyError: "value", "interval" or "n" is missing.
+            TypeError: one of them is not what :meth:`as_json` writes.
+        """
+        value, interval, n = entry["value"], entry["interval"], entry["n"]
+        ends = (None, None) if interval is None else interval
+        if not isinstance(ends, list | tuple) or len(ends) != 2 or not isinstance(n, int):
+            raise TypeError(f"interval={interval!r}, n={n!r}: two ends or null, and a count are needed")
+        if any(end is not None and not isinstance(end, int | float) for end in (value, *ends)):
+            raise TypeError(f"value={value!r}, interval={interval!r}: numbers or null are needed")
+        low, high = (limit if end is None else end for limit, end in zip((-math.inf, math.inf), ends, strict=True))
+        return cls(math.nan if value is None else value, None if interval is None else (low, high), n)
 
 
 def _finite(value: float) -> float | None:
