@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from robust_core.checks import check_number
-from robust_core.evaluation.plots import ACCENT, COOL, INK, LINE, MUTED, WARM, canvas, legend
+from robust_core.evaluation.plots import ACCENT, COOL, INK, LINE, MUTED, WARM, canvas
 from vision_robust.lidar.boxes import bev_corners
 from vision_robust.lidar.types import Detections, Frame
 
@@ -38,14 +38,15 @@ def _outlines(axes: Axes, boxes: Tensor, colour: str, style: str, name: str) -> 
         label = None
 
 
-def _tracks(axes: Axes, trails: Mapping[int, np.ndarray], reach: float) -> None:
+def _tracks(axes: Axes, trails: Mapping[int, np.ndarray]) -> None:
     """Draw where each track came from, and its number where it is."""
     label: str | None = "track"
     for identity, path in trails.items():
         axes.plot(path[:, 0], path[:, 1], color=ACCENT, lw=1.2, marker=".", ms=2.5, label=label)
         label = None
-        if np.abs(path[-1]).max() < reach:
-            axes.annotate(str(identity), path[-1], (4, 4), textcoords="offset points", color=ACCENT, fontsize=7)
+        axes.annotate(
+            str(identity), path[-1], (4, 4), textcoords="offset points", color=ACCENT, fontsize=7, annotation_clip=True
+        )
 
 
 def birds_eye_plot(
@@ -55,6 +56,7 @@ def birds_eye_plot(
     trails: Mapping[int, np.ndarray] | None = None,
     weights: Tensor | None = None,
     reach: float = 45.0,
+    view: tuple[float, float, float, float] | None = None,
     title: str = "",
 ) -> Figure:
     """Return a frame from above: x to the right, y up, metres; boxes point to their front.
@@ -67,13 +69,15 @@ def birds_eye_plot(
         weights: (N,) in [0, 1], such as saliency: a colour for each point that has any, with a bar that tells it; by
             height when None.
         reach: metres to every side.
+        view: from x, to x, from y, to y in metres, in the place of ``reach``.
         title: of the plot.
     """
     check_number("reach", reach, low=0, open_low=True)
-    figure, axes = canvas(5.4, 4.8)
+    left, right, low, high = view or (-reach, reach, -reach, reach)
+    figure, axes = canvas(5.4, 1.1 + 4.1 * float(np.clip((high - low) / (right - left), 0.3, 1.2)))
     figure.set_dpi(_SHARP)
     points = frame.points.detach().cpu()
-    near = (points[:, :2].abs() <= reach).all(1)
+    near = (points[:, 0] >= left) & (points[:, 0] <= right) & (points[:, 1] >= low) & (points[:, 1] <= high)
     colour = points[:, 2] if weights is None else weights.detach().cpu()
     points, colour = points[near], colour[near]
     if len(points) > _MOST_POINTS:
@@ -82,28 +86,36 @@ def birds_eye_plot(
     dots = {"lw": 0, "rasterized": True, "zorder": 1.5}
     if weights is None:
         drawn = axes.scatter(*points[:, :2].numpy().T, c=colour.numpy(), s=1.2, vmin=-2.5, vmax=1.5, **dots)
-        figure.colorbar(drawn, ax=axes, shrink=0.6, label="height, m")
+        _bar(figure, drawn, axes, "height, m")
     else:
         quiet = colour <= 0
         axes.scatter(*points[quiet, :2].numpy().T, color=_QUIET, s=0.8, **dots)
         drawn = _weighed(axes, points[~quiet, :2].numpy(), colour[~quiet].numpy(), 4.0)
-        figure.colorbar(drawn, ax=axes, shrink=0.6, label="saliency")
+        _bar(figure, drawn, axes, "saliency")
     _outlines(axes, frame.boxes[~frame.ignore], COOL, "-", "true")
     _outlines(axes, frame.boxes[frame.ignore], MUTED, ":", "ignored")
     if detections is not None:
         _outlines(axes, detections.boxes, WARM, "-", "found")
-    _tracks(axes, trails or {}, reach)
+    _tracks(axes, trails or {})
     axes.plot(0, 0, marker="^", color=INK, ms=5, ls="", label="sensor")
-    axes.set_xlim(-reach, reach)
-    axes.set_ylim(-reach, reach)
+    axes.set_xlim(left, right)
+    axes.set_ylim(low, high)
     axes.set_aspect("equal")
     axes.set_xlabel("x, m (forward)")
     axes.set_ylabel("y, m (left)")
     axes.grid(visible=True, color=LINE, linewidth=0.4)
     if title:
         axes.set_title(title, fontsize=9, color=INK)
-    legend(axes, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=5)
+    figure.legend(frameon=False, labelcolor=INK, fontsize=8, handlelength=1.6, loc="outside lower center", ncols=5)
     return figure
+
+
+def _bar(figure: Figure, drawn: PathCollection, axes: Axes | list[Axes], label: str) -> None:
+    """Draw the bar that tells the colours."""
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=18, pad=0.02)
+    bar.set_label(label, color=INK, fontsize=8)
+    bar.ax.tick_params(colors=MUTED, labelsize=7, length=2)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
 
 
 def _weighed(axes: Axes, xy: np.ndarray, weights: np.ndarray, size: float) -> PathCollection:
@@ -157,7 +169,7 @@ def shapes_plot(
         axes.set_title(f"{'✓' if good else '✗'} {caption}", fontsize=8, color=COOL if good else WARM, y=-0.14)
         axes.patch.set_alpha(0)
     if drawn is not None:
-        figure.colorbar(drawn, ax=row, shrink=0.7, aspect=12, label="saliency")
+        _bar(figure, drawn, row, "saliency")
     if title:
         figure.suptitle(title, fontsize=9, color=INK)
     return figure

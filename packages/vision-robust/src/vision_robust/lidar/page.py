@@ -107,6 +107,7 @@ def _seen(report: LidarReport) -> Section:
     from vision_robust.lidar.birds_eye import birds_eye_plot, shapes_plot
 
     drawn = []
+    view = next((_view(seen) for seen in report.shown if isinstance(seen, SeenFrame)), None)
     for i, seen in enumerate(report.shown):
         if isinstance(seen, SeenShapes):
             right = [a == b for a, b in zip(seen.truth, seen.said, strict=True)]
@@ -115,7 +116,7 @@ def _seen(report: LidarReport) -> Section:
             caption = f"{seen.name}: {sum(right)} of {len(right)} right; {'; '.join(told)}"
         else:
             figure = birds_eye_plot(
-                seen.frame, detections=seen.said, trails=seen.trails, weights=seen.weights, reach=_reach(seen),
+                seen.frame, detections=seen.said, trails=seen.trails, weights=seen.weights, view=view,
                 title=seen.name,
             )  # fmt: skip
             tracks = f", {len(seen.trails)} tracks" if report.document["details"]["tracked"] else ""
@@ -127,10 +128,13 @@ def _seen(report: LidarReport) -> Section:
     return Section(*_words(report), drawn)
 
 
-def _reach(seen: SeenFrame) -> float:
-    """Return how far to look: five metres beyond the farthest box."""
-    every = [b[:, :2].abs().amax() for b in (seen.frame.boxes, seen.said.boxes) if len(b)]
-    return float(np.clip(max([float(b) for b in every], default=35.0) + 5.0, 15.0, 60.0))
+def _view(seen: SeenFrame) -> tuple[float, float, float, float]:
+    """Return where to look: the sensor, what is to be found and what was found, and some metres around."""
+    places = [box.tolist() for box in (*seen.frame.boxes[~seen.frame.ignore, :2], *seen.said.boxes[:, :2])]
+    x, y = np.clip(np.array([[0.0, 0.0], *places]), -70.0, 70.0).T
+    middle = (y.min() + y.max()) / 2
+    half = max((y.max() - y.min()) / 2 + 6.0, (x.max() - x.min() + 12.0) * 0.2)
+    return x.min() - 6.0, x.max() + 6.0, middle - half, middle + half
 
 
 def _words(report: LidarReport) -> tuple[str, list[str]]:

@@ -135,7 +135,7 @@ def _document(figures: dict[str, float], data: str, seed: int, seconds: float) -
 def _page(document: dict[str, Any], title: str, intro: list[str], sections: list[Section]) -> str:
     from robust_core.evaluation.layout import Card, Page
 
-    shown = {name: f"{figure['value']:.4g}" for name, figure in document["figures"].items()}
+    shown = {name: _short(figure["value"]) for name, figure in document["figures"].items()}
     return Page(
         title=title,
         lead=document["data"],
@@ -145,6 +145,10 @@ def _page(document: dict[str, Any], title: str, intro: list[str], sections: list
         provenance=[("seed", str(document["seed"])), *document["versions"].items()],
         command=document["command"],
     ).html()
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _show(document: dict[str, Any], out: Path, json: bool) -> None:
