@@ -9,6 +9,10 @@ Noise at test is aimed at nothing: points dropped, Gaussian displacement; and, f
 ball for each point. All methods see the same number of training samples; what the attacker and the teacher cost is
 theirs in addition. One trainer serves all methods, so that ablations differ by what they name and by nothing else.
 
+Detectors see 120 sweeps 20 times. With 48 sweeps seen 8 times, as first run on seeds 0 to 4, no method had learned to
+detect (clean AP of 9 to 67 in ten trainings), and nothing could be told; the size was then chosen by what standard
+training reaches on validation drives of seeds 100 and 101 (clean AP of 12 and 44 before, 91 and 95 now).
+
 What the paper publishes are gains on KITTI, Argoverse and ModelNet40 over baselines that its abstract does not name;
 its equations are our reconstruction. The statements are therefore about the mechanism at this scale.
 """
@@ -239,7 +243,7 @@ def _mota(drives: list[list[Frame]], said: list[Detections], least: float) -> fl
 
 def _driven(seed: int) -> dict[str, dict[str, float]]:
     """Return method -> ``"AP: condition"`` and ``"MOTA: condition"`` in percent."""
-    train = [frame for drive in _drives(seed, "train", 12, 4, 0.5) for frame in drive]
+    train = [frame for drive in _drives(seed, "train", 30, 4, 0.5) for frame in drive]
     validation, test = _drives(seed, "validation", 2, 8, 0.2), _drives(seed, "test", 4, 10, 0.2)
     flat = [frame for drive in test for frame in drive]
     columns, found = columns_of(train), {}
@@ -250,7 +254,7 @@ def _driven(seed: int) -> dict[str, dict[str, float]]:
         make = partial(PillarDetector, 1, _GRID, width=16)
         model, teacher = (_built(make, derive(seed, who)) for who in ("student", "teacher"))
         harden(
-            model, columns, method, task=Detection(model), teacher=teacher, settings=settings, epochs=8, batch_size=4,
+            model, columns, method, task=Detection(model), teacher=teacher, settings=settings, epochs=20, batch_size=4,
             optimiser=partial(torch.optim.Adam, lr=3e-3), schedule=scheduled(cosine()), keep_outputs=False,
             generator=derive(seed, "training"),
         )  # fmt: skip
