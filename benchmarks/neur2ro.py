@@ -8,8 +8,8 @@
 published files of 20 and 30 items (the CSV file of their best known values lies in the same folder): the loop with both
 networks and static robust, each within the limit; errors are relative to the best known value. "binaries" are those of
 the network in the planner's program for the last scenarios, by how bounds were tightened. ``capital`` measures
-k-adaptability and the loop on capital budgeting: the value of each at the end, and when each first was as good as the
-best that k-adaptability reached within the limit. A JSON file that is there already is gone on with.
+k-adaptability and the loop with both networks on capital budgeting: the value of each at the end, and when each first
+was as good as the best that k-adaptability reached within the limit. A JSON file that is there already is gone on with.
 """
 
 from __future__ import annotations
@@ -102,7 +102,10 @@ def published(options: argparse.Namespace, known: dict[str, Any]) -> None:
 
 def capital(options: argparse.Namespace, known: dict[str, Any]) -> None:
     """Solve generated instances of capital budgeting by k-adaptability and by the loop."""
-    network = ValueModel.load(options.networks / "capital")
+    networks = {
+        "neur2ro": ValueModel.load(options.networks / "capital"),
+        "neur2ro-untrained": ValueModel.load(options.networks / "capital-untrained"),
+    }
     for size in options.sizes:
         for seed in range(options.instances):
             name = f"n{size}-{seed}"
@@ -110,10 +113,12 @@ def capital(options: argparse.Namespace, known: dict[str, Any]) -> None:
                 continue
             problem = CapitalBudgeting.random(size, generator=1000 + seed)
             answers = {f"{k}-adaptability": KAdaptability(k).solve(problem, time_limit=options.limit) for k in (2, 3)}
-            answers["neur2ro"] = Neur2RO(network, adversary="gradient", time_limit=options.limit).solve(problem)
+            for method, network in networks.items():
+                solver = Neur2RO(network, adversary=options.adversary, time_limit=options.limit)
+                answers[method] = solver.solve(problem)
             best = min(answer.worst_case for answer in answers.values())
             rows = {method: _row(answer, best) for method, answer in answers.items()}
-            target = min(answer.worst_case for method, answer in answers.items() if method != "neur2ro")
+            target = min(answer.worst_case for method, answer in answers.items() if method not in networks)
             rows["seconds to equal quality"] = {
                 method: next((s.seconds for s in answer.history if s.worst_case <= target + 1e-6 * abs(target)), None)
                 for method, answer in answers.items()
