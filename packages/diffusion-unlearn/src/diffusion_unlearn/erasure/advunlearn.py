@@ -128,11 +128,6 @@ class AdvUnlearn(TrainedErasure):
         """Steps of the optimiser: in iterative mode, two for each erasing step."""
         return (2 if self.mode == "iterative" and self.gamma > 0 else 1) * self.n_steps
 
-    @property
-    def learning_rate(self) -> float:
-        """Of Adam."""
-        return self.lr
-
     def check(self, parts: TextToImage) -> None:
         """Refuse pipelines with two text encoders, and prompts without room for the attacker's vectors."""
         if parts.is_xl:
@@ -188,14 +183,8 @@ class AdvUnlearn(TrainedErasure):
         concept, retained = folder / "concept", folder / "retained"
         return TrajectoryPool.load(concept), TrajectoryPool.load(retained) if self.gamma > 0 else None
 
-    def objective(self, pipe: Any, *, pool: Pools | None = None) -> AdvUnlearnObjective:
-        """Return the objective on ``pipe`` itself, for a loop of one's own.
-
-        Args:
-            pipe: what will be changed; not yet edited if no pool is given.
-            pool: of the concept and of the retained prompts; None draws them now.
-        """
-        return AdvUnlearnObjective(pipe, self, self.pool(pipe) if pool is None else pool)
+    def _objective(self, pipe: Any, pool: Pools) -> AdvUnlearnObjective:
+        return AdvUnlearnObjective(pipe, self, pool)
 
 
 Pools = tuple[TrajectoryPool, TrajectoryPool | None]

@@ -21,15 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusion_unlearn.erasure.parts import UNET_PARTS, check_concepts, trained_parameters
-from diffusion_unlearn.erasure.pictures import PicturePool, noised
-from diffusion_unlearn.erasure.training import ErasureObjective, Progress, TrainedErasure
+from diffusion_unlearn.erasure.pictures import PictureErasure, PicturePool, noised
+from diffusion_unlearn.erasure.training import ErasureObjective
 from robust_core.checks import check_choice, check_count, check_number
 from robust_core.random import stream
 from robust_core.training import Batch, Loss
@@ -45,7 +44,7 @@ def ablation_loss(student: Tensor, target: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ConceptAblation(TrainedErasure):
+class ConceptAblation(PictureErasure):
     """Erase a concept by teaching its prompts an anchor; see the module.
 
     Args:
@@ -91,43 +90,13 @@ class ConceptAblation(TrainedErasure):
         return tuple(self.anchor)
 
     @property
-    def optimiser_steps(self) -> int:
-        """Steps of the optimiser."""
-        return self.n_steps
+    def pictured(self) -> tuple[Sequence[str], int]:
+        """The anchors; 200 pictures in all."""
+        anchors = tuple(dict.fromkeys(self.anchors))
+        return anchors, -(-200 // len(anchors))
 
-    @property
-    def learning_rate(self) -> float:
-        """Of Adam."""
-        return self.lr
-
-    def pool(
-        self,
-        pipe: Any,
-        n: int | None = None,
-        *,
-        steps: int = 50,
-        guidance: float = 7.5,
-        progress: Progress | None = None,
-    ) -> PicturePool:
-        """Return pictures of the anchors, ``n`` for each (200 in all if None); see :meth:`PicturePool.draw`."""
-        anchors = list(dict.fromkeys(self.anchors))
-        return PicturePool.draw(
-            pipe, anchors, -(-200 // len(anchors)) if n is None else n, steps=steps, guidance=guidance,
-            generator=self.generator, progress=progress,
-        )  # fmt: skip
-
-    def kept_pool(self, folder: Path) -> PicturePool:
-        """Read a pool."""
-        return PicturePool.load(folder)
-
-    def objective(self, pipe: Any, *, pool: PicturePool | None = None) -> AblationObjective:
-        """Return the objective on ``pipe`` itself, for a loop of one's own.
-
-        Args:
-            pipe: what will be changed; not yet edited if no pool is given.
-            pool: pictures of the anchors, such as the user's own (:meth:`PicturePool.of`); None draws them now.
-        """
-        return AblationObjective(pipe, self, self.pool(pipe) if pool is None else pool)
+    def _objective(self, pipe: Any, pool: PicturePool) -> AblationObjective:
+        return AblationObjective(pipe, self, pool)
 
 
 class AblationObjective(ErasureObjective):

@@ -136,16 +136,6 @@ class ESD(TrainedErasure):
         check_number("lr", cast(float, self.lr), low=0, open_low=True)
         check_count("batch_size", self.batch_size)
 
-    @property
-    def optimiser_steps(self) -> int:
-        """Steps of the optimiser."""
-        return cast(int, self.n_steps)
-
-    @property
-    def learning_rate(self) -> float:
-        """Of Adam."""
-        return cast(float, self.lr)
-
     def pool(
         self,
         pipe: Any,
@@ -161,14 +151,7 @@ class ESD(TrainedErasure):
             on_step=None if progress is None else partial(progress, "states of the concept"),
         )  # fmt: skip
 
-    def objective(self, pipe: Any, *, pool: TrajectoryPool | None = None) -> ESDObjective:
-        """Return the objective on ``pipe`` itself, for a loop of one's own.
-
-        Args:
-            pipe: what will be changed; not yet edited if no pool is given.
-            pool: states; None draws them now.
-        """
-        pool = self.pool(pipe) if pool is None else pool
+    def _objective(self, pipe: Any, pool: TrajectoryPool) -> ESDObjective:
         parameters = trained_parameters(pipe, self.part, self.layers)
         return ESDObjective(
             pipe, pool, self.component, names=parameters, eta=cast(float, self.eta), form=self.form,

@@ -21,15 +21,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusion_unlearn.erasure.parts import UNET_PARTS, check_concepts, trained_parameters
-from diffusion_unlearn.erasure.pictures import PicturePool, noised
-from diffusion_unlearn.erasure.training import ErasureObjective, Progress, TrainedErasure
+from diffusion_unlearn.erasure.pictures import PictureErasure, PicturePool, noised
+from diffusion_unlearn.erasure.training import ErasureObjective
 from diffusion_unlearn.pipeline import UnsupportedPipelineError
 from robust_core.checks import check_choice, check_count, check_number
 from robust_core.random import stream
@@ -103,7 +102,7 @@ def token_positions(ids: Tensor, subject: Sequence[int], *, end: int | None = No
 
 
 @dataclass(frozen=True)
-class FMN(TrainedErasure):
+class FMN(PictureErasure):
     """Erase a concept by taking attention from its words; see the module.
 
     Args:
@@ -139,42 +138,12 @@ class FMN(TrainedErasure):
         check_count("n_steps", self.n_steps), check_count("batch_size", self.batch_size)
 
     @property
-    def optimiser_steps(self) -> int:
-        """Steps of the optimiser."""
-        return self.n_steps
+    def pictured(self) -> tuple[Sequence[str], int]:
+        """The concept's prompts, 8 pictures of each."""
+        return check_concepts(self.concept), 8
 
-    @property
-    def learning_rate(self) -> float:
-        """Of Adam."""
-        return self.lr
-
-    def pool(
-        self,
-        pipe: Any,
-        n: int = 8,
-        *,
-        steps: int = 50,
-        guidance: float = 7.5,
-        progress: Progress | None = None,
-    ) -> PicturePool:
-        """Return pictures of the concept, ``n`` for each prompt; see :meth:`PicturePool.draw`."""
-        return PicturePool.draw(
-            pipe, check_concepts(self.concept), n, steps=steps, guidance=guidance, generator=self.generator,
-            progress=progress,
-        )  # fmt: skip
-
-    def kept_pool(self, folder: Path) -> PicturePool:
-        """Read a pool."""
-        return PicturePool.load(folder)
-
-    def objective(self, pipe: Any, *, pool: PicturePool | None = None) -> ForgettingObjective:
-        """Return the objective on ``pipe`` itself, for a loop of one's own.
-
-        Args:
-            pipe: what will be changed; not yet edited if no pool is given.
-            pool: pictures of the concept, such as the user's own (:meth:`PicturePool.of`); None draws them now.
-        """
-        return ForgettingObjective(pipe, self, self.pool(pipe) if pool is None else pool)
+    def _objective(self, pipe: Any, pool: PicturePool) -> ForgettingObjective:
+        return ForgettingObjective(pipe, self, pool)
 
 
 class ForgettingObjective(ErasureObjective):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_unlearn.erasure.training import Progress
+from diffusion_unlearn.erasure.training import Progress, TrainedErasure
 from diffusion_unlearn.pipeline import TextToImage
 from robust_core.checks import check_count, check_inputs
 from robust_core.errors import MalformedFileError
 from robust_core.io import load_tensors, read_json, save_tensors, write_json
 from robust_core.random import Seed, derive, resolve_seed, stream
 
-__all__ = ["PicturePool"]
+__all__ = ["PictureErasure", "PicturePool", "noised"]
 
 _SCHEMA = "picture-pool/1"
 
@@ -133,6 +134,35 @@ class PicturePool:
             return cls(tuple(map(str, document["prompts"])), tensors["latents"])
         except ValueError as error:
             raise MalformedFileError(f"{folder}: {error}") from error
+
+
+class PictureErasure(TrainedErasure):
+    """Base of methods that are trained on pictures; the user's own (:meth:`PicturePool.of`) may be their pool."""
+
+    @property
+    @abstractmethod
+    def pictured(self) -> tuple[Sequence[str], int]:
+        """The prompts of which pictures are drawn, and how many of each unless told."""
+
+    def pool(
+        self,
+        pipe: Any,
+        n: int | None = None,
+        *,
+        steps: int = 50,
+        guidance: float = 7.5,
+        progress: Progress | None = None,
+    ) -> PicturePool:
+        """Return ``n`` pictures of each prompt of :attr:`pictured`; see :meth:`PicturePool.draw`."""
+        prompts, usual = self.pictured
+        return PicturePool.draw(
+            pipe, prompts, usual if n is None else n, steps=steps, guidance=guidance, generator=self.generator,
+            progress=progress,
+        )  # fmt: skip
+
+    def kept_pool(self, folder: Path) -> PicturePool:
+        """Read a pool."""
+        return PicturePool.load(folder)
 
 
 @dataclass(frozen=True, eq=False)

@@ -139,6 +139,8 @@ class TrainedErasure(ABC):
     """Base of methods that train a part of a pipeline; subclasses are frozen dataclasses of settings."""
 
     part: str
+    n_steps: int
+    lr: float
     generator: int | None
 
     @property
@@ -147,14 +149,9 @@ class TrainedErasure(ABC):
         return "text_encoder" if self.part in ("text_encoder", "embedding") else "unet"
 
     @property
-    @abstractmethod
     def optimiser_steps(self) -> int:
         """Steps of the optimiser."""
-
-    @property
-    @abstractmethod
-    def learning_rate(self) -> float:
-        """Of Adam."""
+        return self.n_steps
 
     def check(self, parts: TextToImage) -> None:
         """Refuse a pipeline that cannot be edited so, before anything is drawn.
@@ -174,14 +171,17 @@ class TrainedErasure(ABC):
             drawing: how much is drawn, and with which sampler; each method names its own.
         """
 
-    @abstractmethod
     def objective(self, pipe: Any, *, pool: Any = None) -> ErasureObjective:
         """Return the objective on ``pipe`` itself, for a loop of one's own.
 
         Args:
             pipe: what will be changed; not yet edited if no pool is given.
-            pool: what :meth:`pool` gave; None draws it now.
+            pool: what :meth:`pool` gives, or the like of one's own; None draws it now.
         """
+        return self._objective(pipe, self.pool(pipe) if pool is None else pool)
+
+    @abstractmethod
+    def _objective(self, pipe: Any, pool: Any) -> ErasureObjective: ...
 
     def keep_pool(self, pool: Any, folder: Path) -> None:
         """Write a pool."""
@@ -241,7 +241,7 @@ class TrainedErasure(ABC):
             objective = self.objective(result, pool=pool)
             n = self.optimiser_steps
             train(
-                objective, n_steps=n, lr=self.learning_rate, recipe=self, checkpoint=folder,
+                objective, n_steps=n, lr=self.lr, recipe=self, checkpoint=folder,
                 checkpoint_every=checkpoint_every, precision=precision, clip_norm=getattr(self, "clip_norm", None),
                 gradient_checkpointing=gradient_checkpointing, on_step=_told(on_step, progress, n),
             )  # fmt: skip
