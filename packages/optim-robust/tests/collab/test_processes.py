@@ -19,6 +19,7 @@ from torch.distributed import TCPStore
 from optim_robust.byzantine import ATTACKS, Aggregation, AggregationError, NearestNeighbors, TooFewMessagesError
 from optim_robust.byzantine.coordinates import trimmed_mean
 from optim_robust.byzantine.mixing import Mixing
+from optim_robust.collab.graphs import ring
 from optim_robust.collab.launch import launch
 from optim_robust.collab.mailbox import StoreMailbox
 from optim_robust.collab.node import NodeProgram, Shards
@@ -27,11 +28,15 @@ from optim_robust.collab.recipe import Recipe
 from optim_robust.collab.shards import even_shards
 from optim_robust.collab.simulate import Network, accuracy, simulate
 from optim_robust.collab.team import Team
+from optim_robust.collab.transport import StoreTransport
 
 STEPS = 8
 
 
-def _team(honest: int, f: int, *, mixing: Mixing | None = None, wait: str = "all", topology: str = "peers") -> Team:
+def _team(
+    honest: int, f: int, *, mixing: Mixing | None = None, wait: str = "all", topology: str = "peers",
+    graph: torch.Tensor | None = None,
+) -> Team:  # fmt: skip
     g = torch.Generator().manual_seed(0)
     x = torch.randn(400, 6, generator=g)
     y = (x[:, 0] + x[:, 1] > 0).long()
@@ -43,7 +48,8 @@ def _team(honest: int, f: int, *, mixing: Mixing | None = None, wait: str = "all
     shards = Shards(x, y, [shards.rows[i, : shards.lengths[i]] for i in range(honest)], generator=1) if f else shards
     program = NodeProgram(model, lr=0.5, beta=0.5)
     mixing = NearestNeighbors(f) if mixing is None else mixing
-    return Team(program, shards, mixing, Network(honest, f, wait), batch_size=16, topology=topology, test=(x, y))
+    network = Network(honest, f, wait, graph)
+    return Team(program, shards, mixing, network, batch_size=16, topology=topology, test=(x, y))
 
 
 class _Threads:
@@ -109,6 +115,29 @@ def test_peers_of_their_own_are_the_simulation(attack: str | None) -> None:
     assert (done.theta() - run.peers.theta).abs().max() < 1e-6
     losses = torch.tensor([done.done[rank].loss for rank in range(5)]).mean(0)
     assert torch.allclose(losses, torch.tensor(run.loss), atol=1e-5)
+
+
+@pytest.mark.parametrize("attack", ["sign-flip", "nan"])
+def test_on_a_graph_peers_of_their_own_are_the_simulation(attack: str) -> None:
+    team = _team(6, 1, graph=ring(7, 2))
+    done = _Threads(team, 20.0).run(_jobs(team, Liar(attack)))
+    assert not done.failed
+    run = simulate(
+        team.program, team.shards, team.mixing, steps=STEPS, batch_size=16, network=team.network,
+        attack=ATTACKS[attack](),
+    )  # fmt: skip
+    assert (done.theta() - run.peers.theta).abs().max() < 1e-6
+    everyone = simulate(team.program, team.shards, team.mixing, steps=STEPS, batch_size=16, network=Network(6, 1),
+                        attack=ATTACKS[attack]())  # fmt: skip
+    assert (run.peers.theta - everyone.peers.theta).abs().max() > 1e-4
+
+
+def test_on_a_graph_a_mute_peer_is_missed_by_its_neighbours_only() -> None:
+    team = _team(8, 1, graph=ring(9, 2))
+    done = _Threads(team, deadline_s=1.0).run(_jobs(team))
+    assert not done.failed
+    assert {rank for rank, run in done.done.items() if run.silent.get(8)} == {0, 1, 6, 7}
+    assert accuracy(team.program, done.theta(), *team.test) > 0.75  # pyright: ignore[reportOptionalIterable]
 
 
 def test_equivocation_reaches_each_as_meant() -> None:
@@ -187,6 +216,10 @@ def test_bad_words_are_one_clear_error() -> None:
         _team(4, 1, topology="server")
     with pytest.raises(ValueError, match="topology"):
         _team(4, 1, topology="ring")
+    with pytest.raises(ValueError, match="hears all"):
+        _team(5, 1, mixing=Aggregation(trimmed_mean, 1), topology="server", graph=ring(6, 2))
+    with pytest.raises(ValueError, match=r"peers=\[1, 2\]"):
+        StoreTransport(_Threads(_team(4, 1)).mailbox(0), peers=[1, 2])
     with pytest.raises(ValueError, match="label-flip"):
         Liar("label-flip")
     with pytest.raises(ValueError, match="wire"):

@@ -39,6 +39,9 @@ Beside = Annotated[
 Model = Annotated[str | None, typer.Option(help="package.module:factory of your network; else a small perceptron.")]
 Data = Annotated[str, typer.Option(help="A bundled name, an image folder, an .npz with x and y, or a .csv table.")]
 Concentration = Annotated[float, typer.Option(help="Of the Dirichlet split of classes over peers; inf splits evenly.")]
+Graph = Annotated[
+    str, typer.Option(help="Who hears whom: ring:K, torus:ROWSxCOLUMNS or regular:DEGREE; else everyone everyone.")
+]
 Kill = Annotated[int, typer.Option(min=0, help="With --processes: faulty peers that are killed instead of lying.")]
 Resume = Annotated[Path | None, typer.Option(help="Folder for checkpoints: the same command goes on from there.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for result.json, report.html and the models.")]
@@ -57,6 +60,7 @@ def train(
     tau: Annotated[float, typer.Option(help="Radius of scc, in the units of the parameters.")] = 2.0,
     wait: Annotated[str, typer.Option(help="Whom a peer waits for in a round: all, or n-f.")] = "all",
     topology: Annotated[str, typer.Option(help="peers (no server), or server.")] = "peers",
+    graph: Graph = "",
     lr: Annotated[float, typer.Option(help="Step size at the beginning.")] = 0.75,
     decay: Annotated[float, typer.Option(help="Rounds after which it is halved, in stairs of 50.")] = 50.0,
     beta: Annotated[float, typer.Option(help="Momentum, in [0, 1).")] = 0.99,
@@ -88,7 +92,7 @@ def train(
 
     recipe = Recipe(
         honest=peers - faulty, f=faulty, data=data, model=model, aggregator=aggregator, pre=",".join(_names(pre)),
-        tau=tau, wait=wait, topology=topology, lr=lr, decay=decay, beta=beta, batch_size=batch_size,
+        tau=tau, wait=wait, topology=topology, graph=graph, lr=lr, decay=decay, beta=beta, batch_size=batch_size,
         concentration=concentration, seed=seed,
     )  # fmt: skip
     named = None if attack == "none" or not faulty else attack
@@ -115,7 +119,9 @@ def _measure(
     with console.progress() as report:
         for label in dict.fromkeys([recipe.aggregator, *others]):
             calm = label == REFERENCE
-            words = {"aggregator": "mean", "f": 0, "pre": "", "wait": "all"} if calm else {"aggregator": label}
+            words = (
+                {"aggregator": "mean", "f": 0, "pre": "", "wait": "all", "graph": ""} if calm else {"aggregator": label}
+            )
             own = recipe if label == recipe.aggregator else replace(recipe, **words)
             if drivers is not None and not calm:
                 tell = lambda _, done, total, label=label: report(label, done, total)  # noqa: E731

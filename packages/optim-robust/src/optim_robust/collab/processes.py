@@ -157,7 +157,7 @@ def train_peer(
         else:
             mixed = mix_with_peers(
                 mailbox, half, team.mixing, step=step, f=team.network.f, wait=team.network.wait, watch=watch,
-                seconds=seconds,
+                seconds=seconds, peers=team.network.heard_by(rank),
             )  # fmt: skip
         program.finish(run.peers, mixed[None])
         run.loss.append(float(losses))

@@ -11,6 +11,7 @@ from torch import nn
 from optim_robust.byzantine.aggregators import AGGREGATORS, ARC, NNM, Bucketing, Compose
 from optim_robust.byzantine.mixing import Aggregation, Mixing, NearestNeighbors, SelfCenteredClipping
 from optim_robust.byzantine.theory import kappa_lower_bound, nna_bound
+from optim_robust.collab.graphs import connectivity, graph_of
 from optim_robust.collab.node import NodeProgram, Shards, staircase
 from optim_robust.collab.shards import dirichlet_shards
 from optim_robust.collab.simulate import Network
@@ -73,6 +74,7 @@ class Recipe:
         tau: radius of ``scc``.
         wait: ``"all"`` or ``"n-f"``.
         topology: ``"peers"`` or ``"server"``.
+        graph: one of ``optim_robust.collab.graphs.GRAPHS`` with numbers, or empty: everyone hears everyone.
         lr: step size at the beginning.
         decay: rounds in which it falls to a half, in stairs of 50.
         beta: momentum.
@@ -93,6 +95,7 @@ class Recipe:
     tau: float = 2.0
     wait: str = "all"
     topology: str = "peers"
+    graph: str = ""
     lr: float = 0.75
     decay: float = 50.0
     beta: float = 0.99
@@ -109,7 +112,9 @@ class Recipe:
 
     def network(self) -> Network:
         """Return who takes part."""
-        return Network(self.honest, self.f, self.wait)
+        n, seed = self.honest + self.f, derive(self.seed, "graph")
+        graph = graph_of(self.graph, n, generator=seed) if self.graph else None
+        return Network(self.honest, self.f, self.wait, graph)
 
     def team(self, device: str = "cpu") -> Team:
         """Load data and model and return the team.
@@ -163,6 +168,10 @@ def guarantee(recipe: Recipe) -> str:
     """Return in one sentence what is proved of the recipe's rule with its numbers."""
     network = recipe.network()
     n, f = network.n, network.f
+    if network.graph is not None:
+        least = connectivity(network.graph)
+        apart = f"no {f} peers can cut others off" if least > f else f"some {least} peers could cut others off"
+        return f"graph {recipe.graph}, n={n}, f={f}: {apart}; beyond the proved regime, what follows is an experiment"
     if recipe.aggregator == "nna":
         bound = nna_bound(n, f, synchronous=recipe.wait == "all")
         setting = f"n={n}, f={f}, waiting for {recipe.wait}"

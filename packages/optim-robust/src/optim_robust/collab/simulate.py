@@ -22,6 +22,7 @@ from torch import Tensor
 from optim_robust.byzantine.attacks import Attack, Scene
 from optim_robust.byzantine.mixing import Aggregation, Mixing
 from optim_robust.byzantine.vectors import TooFewMessagesError, check_faulty
+from optim_robust.collab.graphs import check_graph
 from optim_robust.collab.node import NodeProgram, Peers, Shards
 from robust_core.checks import check_choice, check_count
 from robust_core.errors import TrainingError
@@ -41,22 +42,35 @@ class Network:
         honest: peers with data.
         f: faulty peers beside them.
         wait: ``"all"`` hears all n = honest + f vectors, ``"n-f"`` the first n - f.
+        graph: (n, n) bool, who hears whom, the honest first; None: everyone everyone. What it must have, and that
+            nothing is proved of it, stands in :mod:`optim_robust.collab.graphs`.
     """
 
     honest: int
     f: int = 0
     wait: str = "all"
+    graph: Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check_count("honest", self.honest)
         check_choice("wait", self.wait, ("all", "n-f"))
         most = (self.n - 1) // 2 if self.wait == "all" else (self.n - 1) // 3
         check_faulty(self.n, self.f, most=most, rule=f"wait={self.wait!r}")
+        if self.graph is not None:
+            if self.wait != "all":
+                raise ValueError(f"wait={self.wait!r}: on a graph peers wait for all of their neighbours")
+            check_graph(self.graph, self.honest, self.f)
 
     @property
     def n(self) -> int:
         """All peers."""
         return self.honest + self.f
+
+    def heard_by(self, peer: int) -> list[int]:
+        """Return whom a peer hears, itself included."""
+        if self.graph is None:
+            return list(range(self.n))
+        return [i for i, heard in enumerate(self.graph[peer].tolist()) if heard or i == peer]
 
 
 @dataclass
@@ -85,6 +99,11 @@ def heard_in(network: Network, forged: int, *, step: int, seed: int) -> Tensor:
         TooFewMessagesError: with ``wait="n-f"``, honest peers and forged messages together are fewer than n - f.
     """
     h = network.honest
+    if network.graph is not None:
+        ears = network.graph | torch.eye(network.n, dtype=torch.bool)
+        if forged > network.f:
+            raise ValueError(f"{forged} forged messages of f={network.f} peers: on a graph each has one")
+        return ears[:h, : h + forged]
     heard = torch.ones(h, h + forged, dtype=torch.bool)
     missing = h + forged - (network.n - network.f)
     if network.wait == "all" or missing == 0:

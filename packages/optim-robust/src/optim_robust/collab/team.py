@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +29,8 @@ class Team:
         mixing: the rule; where a server aggregates, an :class:`~optim_robust.byzantine.mixing.Aggregation`.
         network: honest and faulty peers; ranks from ``network.honest`` on are the faulty ones.
         batch_size: samples of a batch, or a function of the round.
-        topology: ``"peers"``: everyone hears everyone; ``"server"``: a server hears all and answers all alike.
+        topology: ``"peers"``: everyone hears everyone, or the neighbours on the network's graph; ``"server"``: a server
+            hears all and answers all alike.
         test: inputs and labels for the accuracy.
         seed: of attacks.
     """
@@ -51,6 +52,8 @@ class Team:
                 f"mixing={self.mixing!r} starts from a peer's own vector, which a server does not have; use "
                 "Aggregation(rule, f), or topology='peers'"
             )
+        if self.topology == "server" and self.network.graph is not None:
+            raise ValueError("graph: where a server aggregates, it hears all; use topology='peers'")
         if len(self.shards) < self.network.honest:
             raise ValueError(
                 f"{len(self.shards)} shards for {self.network.honest} honest peers: one for each is needed"
@@ -102,7 +105,15 @@ class Watch:
 
 
 def mix_heard(
-    heard: Mapping[int, Tensor | None], own: int, n: int, mixing: Mixing, *, f: int, wait: str, step: int
+    heard: Mapping[int, Tensor | None],
+    own: int,
+    n: int,
+    mixing: Mixing,
+    *,
+    f: int,
+    wait: str,
+    step: int,
+    peers: Sequence[int] | None = None,
 ) -> Tensor:
     """Return the next vector of a peer from what it heard.
 
@@ -118,15 +129,18 @@ def mix_heard(
         f: peers that may be faulty.
         wait: ``"all"`` or ``"n-f"``.
         step: round, for the message.
+        peers: whom this peer hears on a graph, itself included; all n when None. Their number stands for n then.
 
     Raises:
         TooFewMessagesError: fewer than n - f messages.
         AggregationError: more are provably faulty than ``f``.
     """
-    if len(heard) < n - f:
-        silent = sorted(set(range(n)) - set(heard))
+    listed = range(n) if peers is None else peers
+    need = len(listed) - f
+    if len(heard) < need:
+        silent = sorted(set(listed) - set(heard))
         raise TooFewMessagesError(
-            f"round {step}: peer {own} has {len(heard)} messages, its own included; n - f = {n - f} are needed "
+            f"round {step}: peer {own} has {len(heard)} messages, its own included; n - f = {need} are needed "
             f"(nothing of {silent})"
         )
     mine = heard[own]
@@ -137,25 +151,35 @@ def mix_heard(
         if vector is not None:
             pool[sender] = vector
     ears = torch.zeros(1, n, dtype=torch.bool, device=pool.device)
-    ears[0, list(heard) if wait == "n-f" else list(range(n))] = True
+    ears[0, list(heard) if wait == "n-f" else list(listed)] = True
     return mixing(pool, torch.tensor([own], device=pool.device), ears)[0]
 
 
 def hear(
-    mailbox: Mailbox, vector: Tensor, *, step: int, f: int, wait: str, watch: Watch, seconds: float
-) -> dict[int, Tensor | None]:
-    """Post (d,) ``vector`` and return what is heard, own included, once that is enough or ``seconds`` are over."""
+    mailbox: Mailbox, vector: Tensor, *, step: int, f: int, wait: str, watch: Watch, seconds: float,
+    peers: Sequence[int] | None = None,
+) -> dict[int, Tensor | None]:  # fmt: skip
+    """Post (d,) ``vector`` and return what is heard, own included, once that is enough or ``seconds`` are over.
+
+    ``peers`` are those heard on a graph, as in :func:`mix_heard`. All n are waited for on a graph too: else a peer
+    would take its neighbour for silent that itself waits for one who is.
+    """
     mailbox.post(step, vector)
-    others = [sender for sender in range(mailbox.n) if sender != mailbox.rank]
-    return _collected(mailbox, vector, others, step=step, need=mailbox.n - f, wait=wait, watch=watch, seconds=seconds)
+    listed = range(mailbox.n) if peers is None else peers
+    others = [sender for sender in listed if sender != mailbox.rank]
+    rest = sorted(set(range(mailbox.n)) - set(listed))
+    return _collected(
+        mailbox, vector, others, step=step, need=len(listed) - f, wait=wait, watch=watch, seconds=seconds, rest=rest
+    )
 
 
 def mix_with_peers(
-    mailbox: Mailbox, vector: Tensor, mixing: Mixing, *, step: int, f: int, wait: str, watch: Watch, seconds: float
-) -> Tensor:
-    """Post (d,) ``vector``, hear the others, and return the mix."""
-    heard = hear(mailbox, vector, step=step, f=f, wait=wait, watch=watch, seconds=seconds)
-    return mix_heard(heard, mailbox.rank, mailbox.n, mixing, f=f, wait=wait, step=step)
+    mailbox: Mailbox, vector: Tensor, mixing: Mixing, *, step: int, f: int, wait: str, watch: Watch, seconds: float,
+    peers: Sequence[int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Post (d,) ``vector``, hear the others (``peers`` on a graph), and return the mix."""
+    heard = hear(mailbox, vector, step=step, f=f, wait=wait, watch=watch, seconds=seconds, peers=peers)
+    return mix_heard(heard, mailbox.rank, mailbox.n, mixing, f=f, wait=wait, step=step, peers=peers)
 
 
 def _collected(
@@ -168,11 +192,14 @@ def _collected(
     wait: str,
     watch: Watch,
     seconds: float,
+    rest: Sequence[int] = (),
 ) -> dict[int, Tensor | None]:
-    awaited = watch.waited_for(senders, step, mailbox.latest) if wait == "all" else set()
+    """Collect from ``senders``; of the ``rest`` it is waited only until they have posted."""
+    awaited = watch.waited_for([*senders, *rest], step, mailbox.latest) if wait == "all" else set()
     heard = mailbox.collect(step, like, senders, need=need, wait_for=awaited, seconds=seconds)
     if wait == "all":
-        watch.note(step, awaited, heard, mailbox.latest)
+        posted = [sender for sender in rest if mailbox.latest(sender) >= step]
+        watch.note(step, awaited, [*heard, *posted], mailbox.latest)
     watch.count_silent(senders, heard)
     return heard
 
