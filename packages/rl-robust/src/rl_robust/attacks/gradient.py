@@ -15,6 +15,7 @@ after ``duration`` steps.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,13 +32,11 @@ from robust_core.threats import L2, Threat
 
 __all__ = [
     "CriticAttack",
+    "GradientAttack",
     "MaximalActionDifference",
     "RandomNoise",
     "action_difference",
-    "ascend",
     "averaged",
-    "check_settings",
-    "early",
     "step_ball",
 ]
 
@@ -92,7 +91,7 @@ def action_difference(policy: Any, before: Tensor, after: Tensor) -> Tensor:
     return 0.5 * gap.square().flatten(1).sum(1)
 
 
-def ascend(
+def _ascend(
     view: View, threat: Threat, start: Tensor, objective: Callable[[Tensor, int], Tensor], *, n_iter: int, step: float
 ) -> Tensor:
     """Return (B, ...) points after projected steepest ascent of ``objective(seen, k)`` (B,)."""
@@ -106,16 +105,7 @@ def ascend(
     return seen
 
 
-def check_settings(budget: Budget, n_iter: int, step_size: float | None, duration: int, n_smoothing: int) -> None:
-    """Refuse settings that no gradient attack takes."""
-    step_ball(budget, check_count("duration", duration))
-    check_count("n_iter", n_iter)
-    check_count("n_smoothing", n_smoothing)
-    if step_size is not None:
-        check_number("step_size", step_size, low=0, open_low=True)
-
-
-def early(view: View, seen: Tensor, duration: int, budget: Budget) -> Tensor:
+def _early(view: View, seen: Tensor, duration: int, budget: Budget) -> Tensor:
     """Return the true observation where an episode's share of steps is used up."""
     if not isinstance(budget, EpisodeBudget):
         return seen
@@ -136,17 +126,54 @@ class RandomNoise:
     duration: int = 200
 
     def __post_init__(self) -> None:
-        check_settings(self.budget, 1, None, self.duration, 1)
+        step_ball(self.budget, check_count("duration", self.duration))
 
     def perturb(self, view: View) -> Tensor:
         """Return (B, ...) observations to show."""
         threat = step_ball(self.budget, self.duration)
         drawn = threat.random_start(view.obs, view.streams("random"), draw=view.step)
-        return early(view, drawn, self.duration, self.budget)
+        return _early(view, drawn, self.duration, self.budget)
+
+
+class GradientAttack(ABC):
+    """Base of attacks that climb an objective from a random point of the ball; subclasses are frozen dataclasses.
+
+    Attributes:
+        budget: of a step or an episode.
+        n_iter: steps of the ascent.
+        step_size: in units of the observation; ``2.5 * radius / n_iter`` if None.
+        duration: steps among which an episode's budget is shared.
+        n_smoothing: noises over which a smoothed policy is averaged.
+    """
+
+    budget: Budget
+    n_iter: int
+    step_size: float | None
+    duration: int
+    n_smoothing: int
+
+    def __post_init__(self) -> None:
+        step_ball(self.budget, check_count("duration", self.duration))
+        check_count("n_iter", self.n_iter)
+        check_count("n_smoothing", self.n_smoothing)
+        if self.step_size is not None:
+            check_number("step_size", self.step_size, low=0, open_low=True)
+
+    @abstractmethod
+    def objective(self, view: View) -> Callable[[Tensor, int], Tensor]:
+        """Return what is climbed: (B, ...) candidates and the number of the step -> (B,)."""
+
+    def perturb(self, view: View) -> Tensor:
+        """Return (B, ...) observations to show."""
+        objective, threat = self.objective(view), step_ball(self.budget, self.duration)
+        step = self.step_size or 2.5 * threat.eps / self.n_iter
+        start = threat.random_start(view.obs, view.streams("start"), draw=view.step)
+        seen = _ascend(view, threat, start, objective, n_iter=self.n_iter, step=step)
+        return _early(view, seen, self.duration, self.budget)
 
 
 @dataclass(frozen=True)
-class CriticAttack:
+class CriticAttack(GradientAttack):
     """Show the observation in the ball that the victim's critic likes least.
 
     Args:
@@ -163,25 +190,14 @@ class CriticAttack:
     duration: int = 200
     n_smoothing: int = 8
 
-    def __post_init__(self) -> None:
-        check_settings(self.budget, self.n_iter, self.step_size, self.duration, self.n_smoothing)
-
-    def perturb(self, view: View) -> Tensor:
-        """Return (B, ...) observations to show."""
+    def objective(self, view: View) -> Callable[[Tensor, int], Tensor]:
+        """Return minus the critic's value."""
         policy = require(view.policy, "value")
-        threat = step_ball(self.budget, self.duration)
-        step = self.step_size or 2.5 * threat.eps / self.n_iter
-        start = threat.random_start(view.obs, view.streams("start"), draw=view.step)
-
-        def objective(seen: Tensor, k: int) -> Tensor:
-            return -averaged(view, policy.value, seen, self.n_smoothing, k)
-
-        seen = ascend(view, threat, start, objective, n_iter=self.n_iter, step=step)
-        return early(view, seen, self.duration, self.budget)
+        return lambda seen, k: -averaged(view, policy.value, seen, self.n_smoothing, k)
 
 
 @dataclass(frozen=True)
-class MaximalActionDifference:
+class MaximalActionDifference(GradientAttack):
     """Show the observation in the ball at which the victim acts most differently.
 
     The divergence is KL(pi(.|s) || pi(.|shown)): of the softmax for discrete actions, of Gaussians of equal spread for
@@ -202,20 +218,13 @@ class MaximalActionDifference:
     duration: int = 200
     n_smoothing: int = 8
 
-    def __post_init__(self) -> None:
-        check_settings(self.budget, self.n_iter, self.step_size, self.duration, self.n_smoothing)
-
-    def perturb(self, view: View) -> Tensor:
-        """Return (B, ...) observations to show."""
+    def objective(self, view: View) -> Callable[[Tensor, int], Tensor]:
+        """Return the divergence of the action distribution from that of the true observation."""
         policy = require(view.policy, "outputs")
-        threat = step_ball(self.budget, self.duration)
-        step = self.step_size or 2.5 * threat.eps / self.n_iter
-        start = threat.random_start(view.obs, view.streams("start"), draw=view.step)
         with torch.no_grad():
             clean = averaged(view, policy.outputs, view.obs, self.n_smoothing, self.n_iter)
 
-        def objective(seen: Tensor, k: int) -> Tensor:
+        def moved(seen: Tensor, k: int) -> Tensor:
             return action_difference(policy, clean, averaged(view, policy.outputs, seen, self.n_smoothing, k))
 
-        seen = ascend(view, threat, start, objective, n_iter=self.n_iter, step=step)
-        return early(view, seen, self.duration, self.budget)
+        return moved

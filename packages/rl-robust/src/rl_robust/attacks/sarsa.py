@@ -35,7 +35,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rl_robust.attacks.gradient import action_difference, ascend, averaged, check_settings, early, step_ball
+from rl_robust.attacks.gradient import GradientAttack, action_difference, averaged
 from rl_robust.observation import Budget, View
 from rl_robust.policy import as_policy, require
 from rl_robust.rollout import collect
@@ -310,7 +310,7 @@ def fit_sarsa(
 
 
 @dataclass(frozen=True, repr=False)
-class RobustSarsa:
+class RobustSarsa(GradientAttack):
     """Show the observation in the ball that makes the victim choose what is worst in the true state.
 
     Args:
@@ -332,7 +332,7 @@ class RobustSarsa:
     n_smoothing: int = 8
 
     def __post_init__(self) -> None:
-        check_settings(self.budget, self.n_iter, self.step_size, self.duration, self.n_smoothing)
+        super().__post_init__()
         check_number("mixing_weight", self.mixing_weight, low=0, high=1)
         if not isinstance(self.critic, ActionValue):
             raise TypeError(f"critic is a {type(self.critic).__name__}; take it from fit_sarsa(policy, task)")
@@ -342,12 +342,9 @@ class RobustSarsa:
         rest = (self.mixing_weight, self.n_iter, self.step_size, self.duration, self.n_smoothing)
         return f"RobustSarsa({self.budget!r}, {fingerprint(self.critic)}, {', '.join(map(str, rest))})"
 
-    def perturb(self, view: View) -> Tensor:
-        """Return (B, ...) observations to show."""
+    def objective(self, view: View) -> Callable[[Tensor, int], Tensor]:
+        """Return minus the critic's value of the true state, in its units, mixed with the change of the actions."""
         policy = require(view.policy, "outputs")
-        threat = step_ball(self.budget, self.duration)
-        step = self.step_size or 2.5 * threat.eps / self.n_iter
-        start = threat.random_start(view.obs, view.streams("start"), draw=view.step)
         true, critic = view.shown(view.obs), self.critic
         with torch.no_grad():
             clean = averaged(view, policy.outputs, view.obs, self.n_smoothing, self.n_iter)
@@ -357,7 +354,7 @@ class RobustSarsa:
                 f"{tuple(true.shape[1:])} and has {clean.shape[1]} outputs; fit it on this victim and task"
             )
 
-        def objective(seen: Tensor, k: int) -> Tensor:
+        def harmful(seen: Tensor, k: int) -> Tensor:
             outputs = averaged(view, policy.outputs, seen, self.n_smoothing, k)
             harm = -(critic(true, _likely(outputs, policy.action_space)) - critic.offset) / critic.scale
             if self.mixing_weight == 1:
@@ -365,8 +362,7 @@ class RobustSarsa:
             moved = action_difference(policy, clean, outputs)
             return self.mixing_weight * harm + (1 - self.mixing_weight) * moved
 
-        seen = ascend(view, threat, start, objective, n_iter=self.n_iter, step=step)
-        return early(view, seen, self.duration, self.budget)
+        return harmful
 
 
 def _likely(outputs: Tensor, space: spaces.Space) -> Tensor:
