@@ -76,10 +76,7 @@ def certify_report(
     started, seed = time.perf_counter(), resolve_seed(generator)
     found = certify_run(ranker, table, data, run, ks, budget=budget, depth=depth, generator=seed, **settings)
     smoothed: Run = found["run"]
-    figures = {
-        label: Estimate(f["value"], (f["interval"][0], f["interval"][1]), f["n"])
-        for label, f in found["figures"].items()
-    }
+    figures = {label: Estimate.from_json(figure) for label, figure in found["figures"].items()}
     arrays = {
         f"certified@{k}": np.array([row["certificates"][str(k)]["certified"] for row in found["queries"]]) for k in ks
     }

@@ -5,25 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from robust_core.evaluation.metrics.estimate import Estimate
-from robust_core.evaluation.plots import SERIES, canvas, legend, percent_axis
+from robust_core.evaluation.plots import MUTED, SERIES, canvas, legend, percent_axis
 
-__all__ = ["change_plot", "climb_plot", "sorted_plot", "trade_off"]
-
-INK, MUTED = "#1b2230", "#5a6475"
+__all__ = ["change_plot", "climb_plot", "draw_sorted", "sorted_plot", "trade_off"]
 
 
-def sorted_plot(values: Mapping[str, np.ndarray], measure: str) -> Figure:
-    """Plot the values of all queries, each run's from worst to best: the left end is whom it serves badly."""
-    figure, axes = canvas()
+def draw_sorted(axes: Axes, values: Mapping[str, np.ndarray]) -> None:
+    """Draw name -> (Q,) values of queries, each from the least to the greatest, against the share of the queries."""
     for number, (name, of_query) in enumerate(values.items()):
         colour, _, style = SERIES[number % len(SERIES)]
         shares = (np.arange(len(of_query)) + 0.5) / len(of_query)
         axes.plot(shares, np.sort(of_query), color=colour, linestyle=style, linewidth=1.8, label=name[:32])
     percent_axis(axes, x=True, y=False)
-    axes.set_xlabel("queries, worst first")
+
+
+def sorted_plot(values: Mapping[str, np.ndarray], measure: str) -> Figure:
+    """Plot the values of all queries, each run's from worst to best: the left end is what a mean hides."""
+    figure, axes = canvas()
+    draw_sorted(axes, values)
+    axes.set_xlabel("share of queries, worst first")
     axes.set_ylabel(measure)
     legend(axes, loc="best")
     return figure

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ir_robust.rankers.base import Vocabulary
 from ir_robust.rankers.knrm import unit
 from ir_robust.rankers.vectors import WordVectors
-from ir_robust.rankers.word_model import WordModel
+from ir_robust.rankers.word_model import FeatureModel
 from robust_core.random import Seed, reseeded, resolve_seed
 
 __all__ = ["DRMM", "bins_of"]
@@ -39,7 +39,7 @@ def bins_of(cosines: Tensor, same: Tensor) -> Tensor:
     return torch.where(same, N_BINS - 1, place)
 
 
-class DRMM(WordModel):
+class DRMM(FeatureModel):
     """Histograms of matches.
 
     Args:
@@ -80,16 +80,6 @@ class DRMM(WordModel):
         first = self.network[0]
         return {"hidden": first.out_features}
 
-    def forward(
-        self, query: Tensor | None = None, words: Tensor | None = None, features: Tensor | None = None
-    ) -> Tensor:
-        """Return (B,) scores in [-1, 1] of words, or of (B, Q, 32) features in their place."""
-        if features is not None:
-            return self.read(features)
-        if query is None or words is None:
-            raise ValueError("query and words, or features, are needed")
-        return super().forward(query, words)
-
     def relate(self, query: Tensor, words: Tensor, query_vectors: Tensor, word_vectors: Tensor) -> Tensor:
         """Return (B,) scores in [-1, 1]."""
         cosines = unit(query_vectors) @ unit(word_vectors).transpose(1, 2)
@@ -108,7 +98,7 @@ class DRMM(WordModel):
         return torch.cat([counts, rest.expand(len(counts), -1, -1)], 2)
 
     def read(self, features: Tensor) -> Tensor:
-        """Return (B,) scores of (B, Q, 32) histograms with rarities; 0 where no query word is known."""
+        """Return (B,) scores in [-1, 1] of (B, Q, 32) histograms with rarities; 0 where no query word is known."""
         counts, idf, known = features[..., :N_BINS], features[..., N_BINS], features[..., N_BINS + 1] > 0
         found = self.network(counts.log1p())[..., 0]
         logits = (self.gate * idf).masked_fill(~known, -torch.inf)
@@ -130,7 +120,3 @@ class DRMM(WordModel):
             for part in words.split(max(1, ROOM // max(1, words.shape[1] * asked.shape[1])))
         ]
         return self._with_gates(torch.cat(found), asked)
-
-    def score_words(self, query: str, words: Tensor) -> Tensor:
-        """Return (B,) scores of (B, M) documents."""
-        return self.read(self.features(query, words))

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from ir_robust.rankers.base import Vocabulary
 from ir_robust.rankers.vectors import WordVectors
-from ir_robust.rankers.word_model import EmbeddedWordModel
+from ir_robust.rankers.word_model import EmbeddedWordModel, FeatureModel
 from robust_core.random import Seed, resolve_seed
 
 __all__ = ["KNRM", "kernels", "pooled"]
@@ -55,7 +55,7 @@ def unit(vectors: Tensor) -> Tensor:
     return F.normalize(vectors if vectors.dtype == torch.float64 else vectors.float(), dim=-1)
 
 
-class KNRM(EmbeddedWordModel):
+class KNRM(FeatureModel, EmbeddedWordModel):
     """Kernel pooling.
 
     Args:
@@ -73,18 +73,8 @@ class KNRM(EmbeddedWordModel):
         self.weight = nn.Parameter(torch.empty(len(CENTRES)).uniform_(-bound, bound, generator=draw))
         self.bias = nn.Parameter(torch.zeros(()))
 
-    def forward(
-        self, query: Tensor | None = None, words: Tensor | None = None, features: Tensor | None = None
-    ) -> Tensor:
-        """Return (B,) scores in [-1, 1] of words, or of (B, 11) features in their place."""
-        if features is not None:
-            return self.read(features)
-        if query is None or words is None:
-            raise ValueError("query and words, or features, are needed")
-        return super().forward(query, words)
-
     def read(self, features: Tensor) -> Tensor:
-        """Return (B,) scores of (B, 11) features."""
+        """Return (B,) scores in [-1, 1] of (B, 11) features."""
         return torch.tanh(features.to(self.weight.dtype) @ self.weight + self.bias)
 
     def relate(self, query: Tensor, words: Tensor, query_vectors: Tensor, word_vectors: Tensor) -> Tensor:
@@ -110,7 +100,3 @@ class KNRM(EmbeddedWordModel):
             tables = (self._table(part) for part in asked[0].split(width))
         counts = [F.embedding_bag(words, t, mode="sum", padding_idx=Vocabulary.PAD) for t in tables]
         return pooled(torch.cat(counts, 1).unflatten(1, (-1, len(CENTRES))), asked > Vocabulary.UNKNOWN)
-
-    def score_words(self, query: str, words: Tensor) -> Tensor:
-        """Return (B,) scores of (B, M) documents."""
-        return self.read(self.features(query, words))

@@ -19,7 +19,7 @@ from ir_robust.rankers.base import TokenBatch, Vocabulary
 from ir_robust.rankers.vectors import WordVectors
 from ir_robust.text import Words
 
-__all__ = ["EmbeddedWordModel", "WordModel", "padded"]
+__all__ = ["EmbeddedWordModel", "FeatureModel", "WordModel", "padded"]
 
 
 CACHED = 1 << 22
@@ -113,6 +113,32 @@ class WordModel(nn.Module):
         if not len(docs):
             return self.vectors.new_zeros(0)
         return self.score_words(query, self.numbers(docs))
+
+
+class FeatureModel(WordModel):
+    """A word model that reads features of query and document: while the vectors stay, training needs nothing else."""
+
+    def features(self, query: str, words: Tensor) -> Tensor:
+        """Return (B, ...) features of (B, M) documents."""
+        raise NotImplementedError
+
+    def read(self, features: Tensor) -> Tensor:
+        """Return (B,) scores of (B, ...) features."""
+        raise NotImplementedError
+
+    def forward(
+        self, query: Tensor | None = None, words: Tensor | None = None, features: Tensor | None = None
+    ) -> Tensor:
+        """Return (B,) scores of words, or of (B, ...) features in their place."""
+        if features is not None:
+            return self.read(features)
+        if query is None or words is None:
+            raise ValueError("query and words, or features, are needed")
+        return super().forward(query, words)
+
+    def score_words(self, query: str, words: Tensor) -> Tensor:
+        """Return (B,) scores of (B, M) documents."""
+        return self.read(self.features(query, words))
 
 
 class EmbeddedWordModel(WordModel):

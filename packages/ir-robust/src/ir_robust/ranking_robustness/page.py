@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ir_robust.pages.plots import sorted_plot
 from ir_robust.ranking_robustness import plots
 from ir_robust.ranking_robustness.report import BEST, LEGEND, TIED, RobustnessReport, paired_rows, plain
 from robust_core.evaluation.layout import Card, Page
@@ -109,9 +110,7 @@ def _variance(report: RobustnessReport, task: Mapping[str, Any]) -> Section | No
         task["title"],
         ["A low variance is worth something at a comparable mean only: a ranker that is bad everywhere varies least."],
         [
-            plot_of(
-                plots.queries_plot(known, measure), f"{alt}.", task["name"], "queries", "Every query, worst first."
-            ),
+            plot_of(sorted_plot(known, measure), f"{alt}.", task["name"], "queries", "Every query, worst first."),
             plot_of(
                 plots.spread_plot(points, measure), f"{alt}.", task["name"], "spread", "To the lower right is better."
             ),

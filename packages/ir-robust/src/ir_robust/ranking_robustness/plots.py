@@ -8,30 +8,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from ir_robust.pages.plots import draw_sorted
 from robust_core.evaluation.metrics.estimate import Estimate
 from robust_core.evaluation.plots import INK, MUTED, SERIES, canvas, legend, percent_axis
 
-__all__ = ["change_plot", "climb_plot", "drop_plot", "queries_plot", "spread_plot"]
-
-
-def queries_plot(values: Mapping[str, np.ndarray], measure: str) -> Figure:
-    """Plot, for each model, the values of all queries, worst first: the left end is what a mean hides.
-
-    Args:
-        values: model -> (Q,).
-        measure: label of the axis.
-    """
-    figure, axes = canvas()
-    for number, (name, found) in enumerate(values.items()):
-        colour, _, style = SERIES[number % len(SERIES)]
-        share = (np.arange(len(found)) + 0.5) / len(found)
-        axes.plot(share, np.sort(found), color=colour, linestyle=style, linewidth=1.6, label=name[:32])
-    percent_axis(axes, x=True, y=False)
-    axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel("share of queries, worst first")
-    axes.set_ylabel(measure)
-    legend(axes, loc="upper left")
-    return figure
+__all__ = ["change_plot", "climb_plot", "drop_plot", "spread_plot"]
 
 
 def spread_plot(points: Mapping[str, tuple[float, float]], measure: str) -> Figure:
@@ -77,11 +58,7 @@ def change_plot(changes: Mapping[str, np.ndarray], measure: str) -> Figure:
     """
     figure, axes = canvas()
     axes.axhline(0, color=MUTED, linewidth=1)
-    for number, (name, found) in enumerate(changes.items()):
-        colour, _, style = SERIES[number % len(SERIES)]
-        share = (np.arange(len(found)) + 0.5) / len(found)
-        axes.plot(share, np.sort(found), color=colour, linestyle=style, linewidth=1.6, label=name[:32])
-    percent_axis(axes, x=True, y=False)
+    draw_sorted(axes, changes)
     axes.set_xlabel("share of queries, greatest loss first")
     axes.set_ylabel(f"change of {measure}")
     legend(axes, loc="lower right")
