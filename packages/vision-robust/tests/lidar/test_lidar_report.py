@@ -187,13 +187,13 @@ def test_shapes_are_shown_right_and_wrong() -> None:
         # the gradient of x² grows with |x|: noise moves points by 0.05 at most, more or less
         assert np.corrcoef(cloud[:, 0].abs(), weights)[0, 1] > 0.6
     page = render(report)
-    assert "5 of 5 right" in page
+    assert "6 of 6 right" in page
     assert "What the model looks at" in page
     with reseeded(0):
         wrong = PointNet(2, (8,), (8,), dropout=0.0)
     seen = evaluate(wrong, clouds()).shown[0]
     assert isinstance(seen, SeenShapes)
-    assert "right;" in render(LidarReport(evaluate(wrong, clouds()).document, [seen]))
+    assert "6 right: " in render(LidarReport(evaluate(wrong, clouds()).document, [seen]))
 
 
 def test_nan_answers_are_shown_as_none() -> None:

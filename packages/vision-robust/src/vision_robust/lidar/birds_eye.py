@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -22,6 +23,10 @@ __all__ = ["birds_eye_plot", "shapes_plot"]
 _MOST_POINTS = 30_000
 _QUIET = "#8b94a5"
 """Points of no weight: to be seen on a light page and on a dark one."""
+_WEIGHTS = LinearSegmentedColormap.from_list("weights", [_QUIET, "#9c179e", "#ed7953", "#f0f921"])
+"""From what does not stand out on any page to what does."""
+_ABREAST = 3
+"""Shapes in a row."""
 _SHARP = 180
 """Dots an inch of the points, which are pictures inside of the drawing."""
 
@@ -90,7 +95,7 @@ def birds_eye_plot(
     else:
         quiet = colour <= 0
         axes.scatter(*points[quiet, :2].numpy().T, color=_QUIET, s=0.8, **dots)
-        drawn = _weighed(axes, points[~quiet, :2].numpy(), colour[~quiet].numpy(), 4.0)
+        drawn = _weighed(axes, points[~quiet, :2].numpy(), colour[~quiet].numpy(), 7.0)
         _bar(figure, drawn, axes, "saliency")
     _outlines(axes, frame.boxes[~frame.ignore], COOL, "-", "true")
     _outlines(axes, frame.boxes[frame.ignore], MUTED, ":", "ignored")
@@ -122,7 +127,7 @@ def _weighed(axes: Axes, xy: np.ndarray, weights: np.ndarray, size: float) -> Pa
     """Draw points in the colours of their weights, the weighty ones on top."""
     order = np.argsort(weights, kind="stable")
     return axes.scatter(
-        xy[order, 0], xy[order, 1], c=weights[order], s=size, lw=0, rasterized=True, cmap="plasma", vmin=0, vmax=1,
+        xy[order, 0], xy[order, 1], c=weights[order], s=size, lw=0, rasterized=True, cmap=_WEIGHTS, vmin=0, vmax=1,
         zorder=1.6,
     )  # fmt: skip
 
@@ -143,7 +148,7 @@ def shapes_plot(
     weights: Sequence[Tensor] | None = None,
     title: str = "",
 ) -> Figure:
-    """Return shapes side by side, seen aslant with y up; what is written under each is green or red.
+    """Return shapes in rows, seen aslant with y up; what is written under each is green or red.
 
     Args:
         clouds: (N_i, 3+) in the unit sphere.
@@ -152,12 +157,19 @@ def shapes_plot(
         weights: (N_i,) in [0, 1], such as saliency, a colour for each point, with a bar that tells it.
         title: of the plot.
     """
-    figure, first = canvas(1.55 * len(clouds) + (0.6 if weights else 0.0), 2.1)
+    columns, rows = min(len(clouds), _ABREAST), -(-len(clouds) // _ABREAST)
+    figure, first = canvas(1.5 * columns + 0.6, 1.65 * rows + 0.2)
     figure.set_dpi(_SHARP)
     first.remove()
-    row, drawn = list(figure.subplots(1, len(clouds), squeeze=False)[0]), None
-    for i, (cloud, caption, good, axes) in enumerate(zip(clouds, captions, right, row, strict=True)):
-        xy, size = _aslant(cloud[:, :3].detach().cpu().double().numpy()), float(np.clip(900 / max(len(cloud), 1), 2, 9))
+    every, drawn = list(figure.subplots(rows, columns, squeeze=False).flat), None
+    for spare in every[len(clouds) :]:
+        spare.remove()
+    used = every[: len(clouds)]
+    for i, (cloud, caption, good, axes) in enumerate(zip(clouds, captions, right, used, strict=True)):
+        xy, size = (
+            _aslant(cloud[:, :3].detach().cpu().double().numpy()),
+            float(np.clip(1200 / max(len(cloud), 1), 3, 14)),
+        )
         if weights is None:
             axes.scatter(*xy.T, color=_QUIET, s=size, lw=0, rasterized=True)
         else:
@@ -169,7 +181,7 @@ def shapes_plot(
         axes.set_title(f"{'✓' if good else '✗'} {caption}", fontsize=8, color=COOL if good else WARM, y=-0.14)
         axes.patch.set_alpha(0)
     if drawn is not None:
-        _bar(figure, drawn, row, "saliency")
+        _bar(figure, drawn, used, "saliency")
     if title:
         figure.suptitle(title, fontsize=9, color=INK)
     return figure

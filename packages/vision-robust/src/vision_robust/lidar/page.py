@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,6 +17,7 @@ __all__ = ["render"]
 
 _LINES = 8
 """Corruptions in one plot; others stand in the table."""
+_NAMES = {"map/3d": "mean AP in space", "map/bev": "mean AP from above", "mota": "MOTA"}
 
 
 def render(report: LidarReport) -> str:
@@ -33,17 +34,30 @@ def render(report: LidarReport) -> str:
         intro=["Corruptions are accidents of weather, sensor and driving: nobody looked for the worst case."],
         cards=_cards(report),
         flags=d["flags"],
-        clear="Checked: enough samples, clean figures above chance, boxes that agree with the data's axes.",
-        note="Brackets are exact 95 % intervals over clouds. Average precision and tracking have none: frames of a "
-        "drive are not independent.",
+        clear="Checked: enough samples, clean figures above chance"
+        + (".", ", boxes that agree with the data's axes.")[d["task"] == "scenes"],
+        note="Brackets are exact 95 % intervals over clouds."
+        if d["task"] == "shapes"
+        else "Average precision (AP) and tracking (MOTA) have no intervals: frames of a drive are not independent.",
         sections=sections,
         provenance=[
             ("model", d["model_sha256"]), ("data", d["data_sha256"] or "read frame by frame"), ("seed", str(d["seed"])),
-            *[(name, str(value)) for name, value in d["details"].items()], *d["versions"].items(),
+            *[(name.replace("_", " "), _plain(value)) for name, value in d["details"].items()], *d["versions"].items(),
         ],
         command=d["command"],
         tables=[(f"All {len(d['figures'])} figures", _all(report))],
     ).html()  # fmt: skip
+
+
+def _plain(value: object) -> str:
+    """Return a setting as a person writes it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {part:g}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return (
+        {True: "yes", False: "no", None: "all"}.get(value, str(value)) if not isinstance(value, float) else f"{value:g}"
+    )
 
 
 def _span(levels: Sequence[int]) -> str:
@@ -63,7 +77,7 @@ def _cards(report: LidarReport) -> list[Card]:
     for measure in _measures(report):
         for when in (CLEAN, "corrupted"):
             if f"{when}/{measure}" in report.document["figures"]:
-                cards.append(_card(f"{measure}, {when}", report[f"{when}/{measure}"]))
+                cards.append(_card(f"{_NAMES.get(measure, measure)}, {when}", report[f"{when}/{measure}"]))
     if "mce" in report.document["figures"]:
         cards.append(Card("mean corruption error (DGCNN = 1)", number(report["mce"].value)))
     if not report.document["corruptions"]:
@@ -77,8 +91,8 @@ def _card(label: str, estimate: Estimate) -> Card:
 
 def _curves(report: LidarReport, measure: str) -> Section:
     d = report.document
-    levels, names = d["severities"], d["corruptions"]
-    values = np.array([[_value(report, f"{name}@{k}/{measure}") for k in levels] for name in names])
+    levels, names, name = d["severities"], d["corruptions"], _NAMES.get(measure, measure)
+    values = np.array([[_value(report, f"{c}@{k}/{measure}") for k in levels] for c in names])
     found: list[Plot] = []
     if len(levels) > 1:
         figure, axes = plots.canvas()
@@ -87,15 +101,15 @@ def _curves(report: LidarReport, measure: str) -> Section:
         for row in hardest:
             axes.plot([0, *levels], [clean, *values[row]], marker="o", ms=3, lw=1.2, label=names[row].partition("/")[2])
         axes.set_xlabel("severity (0: clean)")
-        axes.set_ylabel(measure)
+        axes.set_ylabel(name)
         axes.set_ylim(min(0.0, float(np.nanmin(values))), 1.0)
         plots.legend(axes)
         alt = "; ".join(f"{names[r]}: {', '.join(f'{v:.2f}' for v in values[r])}" for r in hardest)
         caption = f"The {len(hardest)} hardest of {len(names)}." if len(names) > len(hardest) else ""
-        found.append(plot_of(figure, f"{measure} against severity. {alt}.", measure, "curves", caption))
+        found.append(plot_of(figure, f"{name} against severity. {alt}.", measure, "curves", caption))
     heat = plots.corruption_heat_map([n.partition("/")[2] for n in names], levels, values.clip(0.0, 1.0))
-    found.append(plot_of(heat, f"{measure} in percent, corruption by severity.", measure, "heat", "In percent."))
-    return Section(f"{measure} against severity", [], found)
+    found.append(plot_of(heat, f"{name} in percent, corruption by severity.", measure, "heat", "In percent."))
+    return Section(f"{name} against severity", [], found)
 
 
 def _value(report: LidarReport, name: str) -> float:
@@ -113,7 +127,8 @@ def _seen(report: LidarReport) -> Section:
             right = [a == b for a, b in zip(seen.truth, seen.said, strict=True)]
             told = [a if good else f"{b}, is {a}" for a, b, good in zip(seen.truth, seen.said, right, strict=True)]
             figure = shapes_plot(seen.clouds, told, right, weights=seen.weights, title=seen.name)
-            caption = f"{seen.name}: {sum(right)} of {len(right)} right; {'; '.join(told)}"
+            caption = f"{seen.name}: {sum(right)} of {len(right)} right"
+            alt = f"{caption}: {'; '.join(told)}"
         else:
             figure = birds_eye_plot(
                 seen.frame, detections=seen.said, trails=seen.trails, weights=seen.weights, view=view,
@@ -124,7 +139,8 @@ def _seen(report: LidarReport) -> Section:
                 f"{seen.name}: {len(seen.frame.points):,} points, {int((~seen.frame.ignore).sum())} boxes to find, "
                 f"{len(seen.said.boxes)} found{tracks}"
             )
-        drawn.append(plot_of(figure, caption, "seen", str(i), caption))
+            alt = caption
+        drawn.append(plot_of(figure, alt, "seen", str(i), caption))
     return Section(*_words(report), drawn)
 
 
@@ -146,9 +162,7 @@ def _words(report: LidarReport) -> tuple[str, list[str]]:
     else:
         title, least = "From above", d["details"]["min_score"]
         tracks = (
-            " Lines of dots are where tracks came from, numbers who they are."
-            if report.document["details"]["tracked"]
-            else ""
+            " Lines are where tracks came from, numbers who they are." if report.document["details"]["tracked"] else ""
         )
         text = [f"One frame, {chosen}; boxes point to their front, found ones score {least:g} or more.{tracks}"]
         colours = (

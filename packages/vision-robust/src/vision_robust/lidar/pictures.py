@@ -33,7 +33,7 @@ from vision_robust.lidar.types import Clouds, Detections, Frame
 __all__ = ["DRAWS", "SeenFrame", "SeenShapes", "see_frames", "see_shapes"]
 
 DRAWS = 6
-_FRAMES, _LOOKED, _SHAPES = 12, 8, 5
+_FRAMES, _LOOKED, _SHAPES = 12, 8, 6
 _IN_METRES = TargetedPerturbation(("drop", "jitter", "clutter"), sigma=0.1)
 _IN_UNITS = TargetedPerturbation(("drop", "jitter", "clutter"), sigma=0.05)
 
