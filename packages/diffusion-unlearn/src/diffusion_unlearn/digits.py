@@ -215,31 +215,37 @@ def _keep(pipe: StableDiffusionPipeline, place: Path) -> None:
             raise
 
 
-def _cycle(parameters: Any, recipe: DigitsRecipe, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=1e-4)
-    return optimiser, torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.learning_rate, total_steps=max(steps, 2))
+def _fit(
+    module: nn.Module, recipe: DigitsRecipe, n: int, loss: Callable[[], Tensor], task: str, on_step: OnStep | None
+) -> None:
+    """Take ``n`` steps of one cycle on ``loss()``, of another batch at each call."""
+    optimiser = torch.optim.AdamW(module.parameters(), lr=recipe.learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.learning_rate, total_steps=max(n, 2))
+    module.train()
+    for step in range(n):
+        optimiser.zero_grad()
+        loss().backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        if on_step is not None:
+            on_step(task, step + 1, n)
+    module.eval()
 
 
 def _fit_autoencoder(vae: AutoencoderKL, recipe: DigitsRecipe, seed: int, on_step: OnStep | None) -> None:
     """Fit by mean squares plus a little of the divergence, then scale latents to unit variance."""
     images = digit_images()[0] * 2 - 1
     draws = stream(seed, 0, "digits autoencoder")
-    optimiser, schedule = _cycle(vae.parameters(), recipe, recipe.autoencoder_steps)
-    vae.train()
-    for step in range(recipe.autoencoder_steps):
+
+    def loss() -> Tensor:
         x = images[torch.randint(len(images), (recipe.batch_size,), generator=draws)]
         latent: Any = vae.encode(x).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
         noise = torch.randn(latent.mean.shape, generator=draws)
         found: Any = vae.decode(latent.mean + latent.std * noise)
-        loss = (found.sample - x).square().mean() + 1e-4 * latent.kl().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        if on_step is not None:
-            on_step("autoencoder", step + 1, recipe.autoencoder_steps)
-    vae.eval()
+        return (found.sample - x).square().mean() + 1e-4 * latent.kl().mean()
+
+    _fit(vae, recipe, recipe.autoencoder_steps, loss, "autoencoder", on_step)
     with torch.no_grad():
         latents: Any = vae.encode(images).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
         vae.register_to_config(scaling_factor=float(1 / latents.mean.std()))
@@ -255,9 +261,8 @@ def _fit_predictor(pipe: StableDiffusionPipeline, recipe: DigitsRecipe, seed: in
         ids: Any = pipe.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         encoded: Any = pipe.text_encoder(ids)[0]
     per_digit, unet = 3 * len(TEMPLATES), pipe.unet
-    optimiser, schedule = _cycle(unet.parameters(), recipe, recipe.steps)
-    unet.train()
-    for step in range(recipe.steps):
+
+    def loss() -> Tensor:
         rows = torch.randint(len(x0), (recipe.batch_size,), generator=draws)
         caption = labels[rows] * per_digit + torch.randint(per_digit, (len(rows),), generator=draws)
         empty = torch.rand(len(rows), generator=draws) < recipe.drop
@@ -265,12 +270,6 @@ def _fit_predictor(pipe: StableDiffusionPipeline, recipe: DigitsRecipe, seed: in
         noise = torch.randn(x0[rows].shape, generator=draws)
         t = torch.randint(pipe.scheduler.config.num_train_timesteps, (len(rows),), generator=draws)
         noised = pipe.scheduler.add_noise(x0[rows], noise, t)  # pyright: ignore[reportArgumentType]
-        loss = (unet(noised, t, encoder_hidden_states=encoded[caption]).sample - noise).square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        if on_step is not None:
-            on_step("noise predictor", step + 1, recipe.steps)
-    unet.eval()
+        return (unet(noised, t, encoder_hidden_states=encoded[caption]).sample - noise).square().mean()
+
+    _fit(unet, recipe, recipe.steps, loss, "noise predictor", on_step)
