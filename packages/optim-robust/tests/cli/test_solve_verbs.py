@@ -99,6 +99,25 @@ def test_compare_puts_methods_side_by_side(model, tmp_path, capsys):
     assert (tmp_path / "out" / "report.html").read_text().count("Gap against time") >= 2
 
 
+def test_a_network_is_learned_once_and_used_again(model, tmp_path, capsys):
+    words = ["-p", f"{model}:build", "--net", str(tmp_path / "net")]
+    assert run("learn", *words, "--decisions", "6", "--scenarios", "4", "--epochs", "2", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["family"] == "fixed:capacity:3x3"
+    assert json.loads((tmp_path / "net" / "training.json").read_text()) == said
+    for _ in range(2):
+        assert run("solve", *words, "-m", "neur2ro", "-t", "20", "--json") == 0
+        shown = capsys.readouterr()
+        assert "is trained" not in shown.err
+        row = json.loads(shown.out)["details"]["runs"][0]
+        assert row["bound"] <= 54 + 1e-6 <= row["objective"] + 1e-3
+    assert run("learn", *words, "--decisions", "7", "--scenarios", "4", "--epochs", "2") == 2
+    assert "another run" in capsys.readouterr().err.replace("\n", " ")
+    (tmp_path / "net" / "model.json").unlink()
+    assert run("solve", *words, "-m", "neur2ro") == 3
+    assert "robust optim learn" in capsys.readouterr().err.replace("\n", " ")
+
+
 @pytest.mark.parametrize(
     ("words", "message", "code"),
     [
@@ -112,6 +131,8 @@ def test_compare_puts_methods_side_by_side(model, tmp_path, capsys):
         (["solve", "-p", "{model}:build", "-m", "branch-and-price"], "RobustKnapsack", 2),
         (["solve", "-p", "{model}:build", "-o", "{model}"], "--out", 3),
         (["compare", "-p", "{model}:build", "-m", ","], "--methods", 2),
+        (["learn", "-p", "{model}:build", "--net", "{model}"], "{model}", 3),
+        (["learn", "-p", "{model}:build", "--net", "net", "--sizes", "4,x"], "--sizes", 2),
     ],
 )
 def test_wrong_words_end_in_one_line(model, capsys, words, message, code):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from optim_robust.neur2ro.data import ValueData, generate
 from optim_robust.neur2ro.families import CAPITAL_BUDGETING, CAPITAL_BUDGETING_LOANS, KNAPSACK, Family, fixed
 from optim_robust.neur2ro.model import ValueModel
 from optim_robust.neur2ro.network import SetValueNetwork
-from optim_robust.neur2ro.train import ValueRegression, scaled_labels, train, untrained
+from optim_robust.neur2ro.train import ValueRegression, fit_value_network, scaled_labels, train, untrained
 from optim_robust.two_stage import AffineMatrix, AffineVector, Stage, TwoStageProblem
 from optim_robust.uncertainty import Box
 from robust_core.errors import MalformedFileError, UntrustedFileError
@@ -208,3 +209,36 @@ def test_bad_arguments_are_refused() -> None:
         untrained(data, KNAPSACK).static(_data("capital").features[0])
     with pytest.raises(TypeError, match="knapsack"):
         KNAPSACK.features(_mixed_problem(), False)
+
+
+def test_an_interrupted_training_ends_at_the_same_weights(tmp_path) -> None:
+    """Also the best weights so far survive: here they are those of an early epoch."""
+    words: dict[str, Any] = {
+        "epochs": 22,
+        "learning_rate": 0.3,
+        "batch_size": 16,
+        "generator": 5,
+    }  # validated after 10, 20 and 22
+    options: dict[str, Any] = {
+        "n_instances": 4,
+        "n_first_stage": 3,
+        "n_scenarios": 4,
+        "sizes": (4,),
+        "embed": (6, 4),
+        "post": (4, 3),
+    }
+    seen: list[tuple[str, int, int]] = []
+    whole, errors = fit_value_network(KNAPSACK, **words, **options, on_step=lambda *step: seen.append(step))
+    options["checkpoint"] = tmp_path
+
+    def stop(what: str, done: int, total: int) -> None:
+        if (what, done) == ("epochs", 15):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_value_network(KNAPSACK, **words, **options, on_step=stop)
+    again, same = fit_value_network(KNAPSACK, **words, **options)
+    assert same == errors
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert seen == [*(("labels", i, 4) for i in range(1, 5)), *(("epochs", i, 22) for i in range(1, 23))]

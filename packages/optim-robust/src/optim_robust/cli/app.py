@@ -14,4 +14,4 @@ def _root() -> None:
     """Solve two-stage robust problems; train with peers that may lie."""
 
 
-from optim_robust.cli import compare, solve, train  # noqa: E402,F401 - they add their verbs
+from optim_robust.cli import compare, learn, solve, train  # noqa: E402,F401 - they add their verbs

@@ -26,7 +26,9 @@ TimeLimit = Annotated[float, typer.Option("--time-limit", "-t", help="Seconds fo
 Tol = Annotated[float, typer.Option(help="Relative gap at which a problem counts as solved.")]
 Net = Annotated[
     Path | None,
-    typer.Option(help="Folder of a trained network for neur2ro; where it is empty, one is trained into it."),
+    typer.Option(
+        help="Folder of a network for neur2ro (robust optim learn); into an empty one a small one is trained."
+    ),
 ]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for result.json and report.html.")]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from optim_robust.cli.words import split_method
 from optim_robust.two_stage.branch_and_price import BranchAndPrice
@@ -19,8 +20,13 @@ from optim_robust.two_stage.pyros import PyROS
 from optim_robust.two_stage.solution import Step, relative_gap
 from optim_robust.two_stage.static import Nominal, StaticRobust
 from robust_core.cli import console
+from robust_core.errors import DataMissingError
+from robust_core.io import write_json
 
-__all__ = ["make_method", "run"]
+if TYPE_CHECKING:
+    from optim_robust.neur2ro.model import ValueModel
+
+__all__ = ["make_method", "run", "train_network"]
 
 
 def make_method(words: str, problem: TwoStageProblem, *, tol: float, net: Path | None, seed: int) -> Method:
@@ -41,18 +47,47 @@ def make_method(words: str, problem: TwoStageProblem, *, tol: float, net: Path |
 
 def _neur2ro(problem: TwoStageProblem, net: Path | None, seed: int) -> Method:
     """Load the network in ``net``, or train a small one for the problem's family and size (about a minute)."""
-    from optim_robust.neur2ro.loop import Neur2RO, quick_network
+    from optim_robust.neur2ro.loop import Neur2RO
     from optim_robust.neur2ro.model import ValueModel
 
-    if net is not None and net.is_dir() and any(net.iterdir()):
+    if net is not None and (net / "model.json").is_file():
         return Neur2RO(ValueModel.load(net), root_bound=True, generator=seed)
+    if net is not None and net.is_dir() and any(net.iterdir()):
+        raise DataMissingError(
+            f"--net {net} holds no finished network: train one into an empty folder, or finish an interrupted run, "
+            "with robust optim learn"
+        )
     console.info("neur2ro: no network is given (--net); a small one is trained for this family and size first")
-    model, errors = quick_network(problem, generator=seed)
-    shown = ", ".join(f"{key} {value:.4g}" for key, value in errors.items())
-    console.info(f"neur2ro: trained ({shown})")
+    model, _ = train_network(problem, net, seed)
+    return Neur2RO(model, root_bound=True, generator=seed)
+
+
+def train_network(
+    problem: TwoStageProblem, net: Path | None, seed: int, **training: Any
+) -> tuple[ValueModel, dict[str, Any]]:
+    """Train a network for a problem's family or for the problem itself, and save it with what is known of it.
+
+    Args:
+        problem: an instance of the family, or the user's own.
+        net: folder for checkpoints, network and ``training.json``; None keeps nothing.
+        seed: of everything.
+        **training: options of ``quick_network``.
+    """
+    from optim_robust.neur2ro.loop import quick_network
+
+    clock = time.perf_counter()
+    if net is not None:
+        training["checkpoint"] = net / "checkpoints"
+    with console.progress() as report:
+        model, errors = quick_network(problem, generator=seed, on_step=report, **training)
+    document = {"problem": problem.name, "family": model.family, "sizes": model.sizes.tolist(), "seed": seed, **errors}
+    document["seconds"] = round(time.perf_counter() - clock, 1)
     if net is not None:
         model.save(net)
-    return Neur2RO(model, root_bound=True, generator=seed)
+        write_json(net / "training.json", document)
+    shown = ", ".join(f"{key} {value:.4g}" for key, value in errors.items())
+    console.info(f"neur2ro: trained in {document['seconds']:.0f} s ({shown}, of the labels' range)")
+    return model, document
 
 
 def _fitting(methods: list[str], problem: TwoStageProblem) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from optim_robust.neur2ro.families import Family
 from optim_robust.neur2ro.model import LABEL_SCALINGS, ValueModel
 from optim_robust.neur2ro.network import SetValueNetwork
 from robust_core.checks import check_choice, check_count, check_number
+from robust_core.io import load_tensors, save_tensors
 from robust_core.random import Seed, derive, resolve_seed
 from robust_core.training import Batch, Loss, TrainState, cosine, fit, scheduled
 
@@ -27,6 +29,7 @@ __all__ = ["ValueRegression", "fit_value_network", "scales_of", "train", "untrai
 
 _LOGGER = logging.getLogger(__name__)
 Array = NDArray[np.float64]
+OnStep = Callable[[str, int, int], None]
 
 
 def _ends(tables: list[Array]) -> tuple[Tensor, Tensor]:
@@ -190,6 +193,7 @@ def train(
     contrast: float = 0.0,
     checkpoint: str | os.PathLike[str] | None = None,
     generator: Seed = None,
+    on_step: OnStep | None = None,
 ) -> dict[str, float]:
     """Train in place with Adam and keep the weights of the best validation error; the defaults are the paper's.
 
@@ -202,8 +206,9 @@ def train(
         validation: share of instances held out; 0.2 in the paper.
         evaluate_every: epochs between validations.
         contrast: share of the loss on differences between scenarios; see :class:`ValueRegression`.
-        checkpoint: folder from which an interrupted run goes on.
+        checkpoint: folder from which an interrupted run goes on, to the same weights.
         generator: seed of order and split.
+        on_step: called after each epoch with ("epochs", epochs done, epochs).
 
     Returns:
         ``{"validation_mae", "training_mae"}`` in units of the labels' range.
@@ -221,14 +226,23 @@ def train(
         rows = np.array([i in held for i in position[:, 0].tolist()])
     outside = torch.from_numpy(rows)
     objective = ValueRegression(data, model, contrast=contrast)
-    best: dict[str, Any] = {"mae": float("inf"), "state": None, "epoch": 0}
+    kept = None if checkpoint is None else Path(checkpoint) / "best"
+    best = _kept(kept)
 
     def validate(state: TrainState) -> Mapping[str, Any] | None:
+        if on_step is not None:
+            on_step("epochs", state.epoch, epochs)
         if state.epoch % evaluate_every and state.epoch != epochs:
             return None
         mae = _error(model.network, objective, position[outside], y[outside])
         if mae < best["mae"]:
             best.update(mae=mae, state=copy.deepcopy(model.network.state_dict()), epoch=state.epoch)
+            if kept is not None:
+                kept.mkdir(parents=True, exist_ok=True)
+                save_tensors(
+                    kept / "weights.safetensors",
+                    {**best["state"], "mae": torch.tensor([mae, state.epoch], dtype=torch.float64)},
+                )
         return {"validation_mae": mae}
 
     fit(
@@ -241,6 +255,15 @@ def train(
     final = _error(model.network, objective, position[~outside], y[~outside])
     _LOGGER.info("best validation error %.4g after epoch %d", best["mae"], best["epoch"])
     return {"validation_mae": float(best["mae"]), "training_mae": final}
+
+
+def _kept(folder: Path | None) -> dict[str, Any]:
+    """Return the best weights of a run that was interrupted, with their error and epoch."""
+    if folder is None or not (folder / "weights.safetensors").is_file():
+        return {"mae": float("inf"), "state": None, "epoch": 0}
+    state = load_tensors(folder / "weights.safetensors", finite=True)
+    mae, epoch = state.pop("mae").tolist()
+    return {"mae": mae, "state": state, "epoch": int(epoch)}
 
 
 @torch.no_grad()
@@ -266,6 +289,7 @@ def fit_value_network(
     workers: int = 1,
     generator: Seed = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    on_step: OnStep | None = None,
     **network: Any,
 ) -> tuple[ValueModel, dict[str, float]]:
     """Generate data for a family, train a network on it, and return both the network and its errors.
@@ -284,17 +308,19 @@ def fit_value_network(
         contrast: share of the loss on differences between scenarios.
         workers: processes that label.
         generator: seed of everything.
-        checkpoint: folder from which training goes on.
+        checkpoint: folder from which training goes on; data are drawn again, the same.
+        on_step: called with ("labels", instances done, instances), then ("epochs", epochs done, epochs).
         **network: options of :class:`~.network.SetValueNetwork`.
     """
     seed = resolve_seed(generator)
     data = generate(
         family, n_instances=n_instances, n_first_stage=n_first_stage, n_scenarios=n_scenarios, sizes=sizes,
         sampler=sampler, per_instance=label_scaling == "per_instance", workers=workers, generator=derive(seed, "data"),
+        on_step=None if on_step is None else partial(on_step, "labels"),
     )  # fmt: skip
     model = untrained(data, family, label_scaling=label_scaling, generator=seed, **network)
     errors = train(
         model, data, epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, contrast=contrast,
-        checkpoint=checkpoint, generator=seed,
+        checkpoint=checkpoint, generator=seed, on_step=on_step,
     )  # fmt: skip
     return model, errors
