@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from optim_robust.byzantine.geometry import working_dtype
-from optim_robust.byzantine.vectors import check_faulty, check_vectors, screen
+from optim_robust.byzantine.vectors import admit
 
 __all__ = ["mean_around_median", "median", "nearest_to_median", "phocas", "sorting_network", "trimmed_mean"]
 
@@ -105,8 +105,8 @@ def median(x: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: not a finite floating-point matrix.
     """
-    n = len(check_vectors(x))
-    x, _ = screen(x, 0)
+    x = admit(x)
+    n = len(x)
     return _by_chunks(x, {(n - 1) // 2, n // 2}, _middle)
 
 
@@ -118,8 +118,7 @@ def trimmed_mean(x: Tensor, f: int) -> Tensor:
         x: (n, d) one row for each sender.
         f: senders that may be faulty, 2 f < n.
     """
-    check_faulty(len(check_vectors(x)), f, rule="the trimmed mean")
-    x, _ = screen(x, f)
+    x = admit(x, f, rule="the trimmed mean")
     n = len(x)
     return _by_chunks(x, range(f, n - f), lambda rows: _mean(rows[f : n - f]))
 
@@ -132,8 +131,7 @@ def mean_around_median(x: Tensor, f: int) -> Tensor:
         x: (n, d) one row for each sender.
         f: senders that may be faulty, 2 f < n.
     """
-    check_faulty(len(check_vectors(x)), f, rule="the mean around the median")
-    x, _ = screen(x, f)
+    x = admit(x, f, rule="the mean around the median")
     return nearest_to_median(x, len(x) - f)
 
 
@@ -150,7 +148,6 @@ def phocas(x: Tensor, f: int) -> Tensor:
         x: (n, d) one row for each sender.
         f: senders that may be faulty, 2 f < n.
     """
-    check_faulty(len(check_vectors(x)), f, rule="Phocas")
-    x, _ = screen(x, f)
+    x = admit(x, f, rule="Phocas")
     n = len(x)
     return _by_chunks(x, range(n), lambda rows: _near(rows, _mean(rows[f : n - f]), f))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["combine", "distances_to", "gram", "nearest", "pairwise", "working_dtype"]
+__all__ = ["combine", "distances_to", "gram", "mean_of_nearest", "nearest", "pairwise", "working_dtype"]
 
 CHUNK_BYTES = 1 << 19
 """Bytes of a centred chunk of all rows: half of a typical second-level cache."""
@@ -166,6 +166,11 @@ def _central_row(x: Tensor) -> int:
     n, d = x.shape
     sample = x[:, :: max(1, d // 512)].double()
     return int(torch.cdist(sample, sample).nan_to_num(nan=torch.inf).kthvalue((n + 1) // 2, dim=1).values.argmin())
+
+
+def mean_of_nearest(squared: Tensor, keep: int, x: Tensor) -> Tensor:
+    """Return the mean of the rows of ``x`` where (n,) ``squared`` is among its ``keep`` smallest; (k, d) for (k, n)."""
+    return combine(nearest(squared, keep).double() / keep, x)
 
 
 def nearest(squared: Tensor, keep: int) -> Tensor:

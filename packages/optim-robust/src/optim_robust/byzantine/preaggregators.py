@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from optim_robust.byzantine.geometry import combine, distances_to, nearest, pairwise
-from optim_robust.byzantine.vectors import check_faulty, check_vectors, screen
+from optim_robust.byzantine.geometry import combine, distances_to, mean_of_nearest, pairwise
+from optim_robust.byzantine.vectors import admit
 from robust_core.checks import check_count, check_number
 from robust_core.random import Seed, resolve_seed, stream
 
@@ -28,11 +28,8 @@ def nearest_neighbor_mixing(x: Tensor, f: int) -> Tensor:
         x: (n, d) one row for each sender.
         f: senders that may be faulty, 2 f < n.
     """
-    n = len(check_vectors(x))
-    check_faulty(n, f, rule="nearest-neighbour mixing")
-    x, _ = screen(x, f)
-    squared = pairwise(x).fill_diagonal_(-1.0)
-    return combine(nearest(squared, n - f).double() / (n - f), x)
+    x = admit(x, f, rule="nearest-neighbour mixing")
+    return mean_of_nearest(pairwise(x).fill_diagonal_(-1.0), len(x) - f, x)
 
 
 @torch.no_grad()
@@ -46,9 +43,9 @@ def bucketing(x: Tensor, s: int, *, generator: Seed = None) -> Tensor:
         s: rows of a group.
         generator: the seed of the groups; give a torch generator, or another number in each round.
     """
-    n = len(check_vectors(x))
+    x = admit(x)
+    n = len(x)
     check_count("s", s)
-    x, _ = screen(x, 0)
     order = torch.randperm(n, generator=stream(resolve_seed(generator), 0, "bucketing"))
     weights = torch.zeros(math.ceil(n / s), n, dtype=torch.float64)
     for row, group in zip(weights, order.split(s), strict=True):
@@ -72,9 +69,8 @@ def clipping(x: Tensor, c: float) -> Tensor:
         x: (n, d) one row for each sender.
         c: longest norm, in the units of ``x``, above 0.
     """
-    check_vectors(x)
+    x = admit(x)
     check_number("c", c, low=0.0, open_low=True)
-    x, _ = screen(x, 0)
     norms = distances_to(x, torch.zeros_like(x[0])).sqrt()
     return _scaled(x, (c / norms).clamp(max=1.0))
 
@@ -87,9 +83,8 @@ def adaptive_clipping(x: Tensor, f: int) -> Tensor:
         x: (n, d) one row for each sender.
         f: senders that may be faulty, 2 f < n.
     """
-    n = len(check_vectors(x))
-    check_faulty(n, f, rule="adaptive clipping")
-    x, _ = screen(x, f)
+    x = admit(x, f, rule="adaptive clipping")
+    n = len(x)
     count = 2 * f * (n - f) // n
     if count == 0:
         return x.clone()

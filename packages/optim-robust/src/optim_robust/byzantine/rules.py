@@ -22,8 +22,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from optim_robust.byzantine.geometry import combine, distances_to, gram, nearest, pairwise
-from optim_robust.byzantine.vectors import check_faulty, check_vectors, screen
+from optim_robust.byzantine.geometry import combine, distances_to, gram, mean_of_nearest, pairwise
+from optim_robust.byzantine.vectors import admit, check_vectors
 from robust_core.checks import check_choice, check_count, check_number
 
 __all__ = [
@@ -48,8 +48,8 @@ def mean(x: Tensor) -> Tensor:
     Args:
         x: (n, d) one row for each sender.
     """
-    n = len(check_vectors(x))
-    x, _ = screen(x, 0)
+    x = admit(x)
+    n = len(x)
     return combine(torch.full((n,), 1 / n, dtype=torch.float64), x)
 
 
@@ -67,9 +67,10 @@ def krum_scores(squared: Tensor, f: int, *, neighbours: str = "allouah") -> Tens
     return others[:, :count].sum(1)
 
 
-def _krum_faulty(n: int, f: int, neighbours: str, rule: str) -> None:
+def _admit(x: Tensor, f: int, neighbours: str, rule: str) -> Tensor:
     check_choice("neighbours", neighbours, ("allouah", "blanchard"))
-    check_faulty(n, f, most=(n - 3) // 2 if neighbours == "blanchard" else None, rule=rule)
+    n = len(check_vectors(x))
+    return admit(x, f, most=(n - 3) // 2 if neighbours == "blanchard" else None, rule=rule)
 
 
 @torch.no_grad()
@@ -81,8 +82,7 @@ def krum(x: Tensor, f: int, *, neighbours: str = "allouah") -> Tensor:
         f: senders that may be faulty: 2 f < n, or n >= 2 f + 3 with the paper's count.
         neighbours: see :func:`krum_scores`.
     """
-    _krum_faulty(len(check_vectors(x)), f, neighbours, "Krum")
-    x, _ = screen(x, f)
+    x = _admit(x, f, neighbours, "Krum")
     scores = krum_scores(pairwise(x), f, neighbours=neighbours)
     return x[int(scores.argsort(stable=True)[0])].clone()
 
@@ -97,14 +97,12 @@ def multi_krum(x: Tensor, f: int, m: int | None = None, *, neighbours: str = "al
         m: rows to average, 1 .. n - f; n - f when None.
         neighbours: see :func:`krum_scores`.
     """
-    n = len(check_vectors(x))
-    _krum_faulty(n, f, neighbours, "multi-Krum")
+    x = _admit(x, f, neighbours, "multi-Krum")
+    n = len(x)
     m = n - f if m is None else check_count("m", m)
     if m > n - f:
         raise ValueError(f"m={m}: at most n - f = {n - f} rows can all be honest")
-    x, _ = screen(x, f)
-    scores = krum_scores(pairwise(x), f, neighbours=neighbours)
-    return combine(nearest(scores, m).double() / m, x)
+    return mean_of_nearest(krum_scores(pairwise(x), f, neighbours=neighbours), m, x)
 
 
 @torch.no_grad()
@@ -116,9 +114,8 @@ def nearest_neighbor_average(x: Tensor, f: int, pivot: int | Tensor = 0) -> Tens
         f: of those, how many may be faulty. Of n - f messages that came first, f may still be.
         pivot: row of the node's own vector, or that vector (d,). It belongs to the average in any case if it is a row.
     """
-    n, d = check_vectors(x).shape
-    check_faulty(n, f, rule="nearest-neighbour averaging")
-    x, _ = screen(x, f)
+    x = admit(x, f, rule="nearest-neighbour averaging")
+    n, d = x.shape
     if isinstance(pivot, Tensor):
         if pivot.shape != (d,) or pivot.dtype != x.dtype:
             raise ValueError(f"pivot is {tuple(pivot.shape)} {pivot.dtype}; ({d},) {x.dtype} is needed")
@@ -128,7 +125,7 @@ def nearest_neighbor_average(x: Tensor, f: int, pivot: int | Tensor = 0) -> Tens
             raise ValueError(f"pivot={pivot}: a row of x, 0 .. {n - 1}, is needed")
         squared = distances_to(x, x[pivot])
         squared[pivot] = -1.0
-    return combine(nearest(squared, n - f).double() / (n - f), x)
+    return mean_of_nearest(squared, n - f, x)
 
 
 @torch.no_grad()
@@ -142,12 +139,12 @@ def centered_clipping(x: Tensor, center: Tensor | None = None, *, tau: float = 1
         tau: radius of clipping, in the units of ``x``, above 0.
         n_iter: steps.
     """
-    n, d = check_vectors(x).shape
+    x = admit(x)
+    n, d = x.shape
     check_number("tau", tau, low=0.0, open_low=True)
     check_count("n_iter", n_iter)
     if center is not None and center.shape != (d,):
         raise ValueError(f"center has shape {tuple(center.shape)}; ({d},) is needed")
-    x, _ = screen(x, 0)
     v = torch.zeros_like(x[0]) if center is None else center.to(x.dtype)
     for _ in range(n_iter):
         weights = (tau / distances_to(x, v).sqrt()).clamp_(max=1.0) / n  # at distance 0 the ratio is infinite
@@ -163,11 +160,8 @@ def comparative_elimination(x: Tensor, f: int) -> Tensor:
         x: (n, d) one row for each sender.
         f: senders that may be faulty, 2 f < n.
     """
-    n = len(check_vectors(x))
-    check_faulty(n, f, rule="comparative elimination")
-    x, _ = screen(x, f)
-    squared = distances_to(x, torch.zeros_like(x[0]))
-    return combine(nearest(squared, n - f).double() / (n - f), x)
+    x = admit(x, f, rule="comparative elimination")
+    return mean_of_nearest(distances_to(x, torch.zeros_like(x[0])), len(x) - f, x)
 
 
 @torch.no_grad()
@@ -183,11 +177,10 @@ def geometric_median(x: Tensor, *, nu: float = 0.0, max_iter: int = 1000, tol: f
         max_iter: steps at most.
         tol: stop when no row pulls the result by more, relative to the typical distance.
     """
-    check_vectors(x)
+    x = admit(x)
     check_number("nu", nu, low=0.0)
     check_number("tol", tol, low=0.0)
     check_count("max_iter", max_iter)
-    x, _ = screen(x, 0)
     medoid = int(pairwise(x).sqrt().sum(1).argsort(stable=True)[0])
     inner = gram(x, medoid)
     if nu == 0.0 and _is_median(inner):
@@ -244,10 +237,9 @@ def smoothed_weiszfeld(x: Tensor, *, nu: float = 0.1, n_iter: int = 3, start: Te
         n_iter: steps.
         start: (d,) first point; the origin when None.
     """
-    check_vectors(x)
+    x = admit(x)
     check_number("nu", nu, low=0.0, open_low=True)
     check_count("n_iter", n_iter)
-    x, _ = screen(x, 0)
     point = torch.zeros_like(x[0]) if start is None else start
     for _ in range(n_iter):
         weights = 1 / distances_to(x, point).sqrt().clamp(min=nu)
@@ -295,9 +287,7 @@ def caf(x: Tensor, f: int) -> Tensor:
         x: (n, d) one row for each sender.
         f: senders that may be faulty, 2 f < n.
     """
-    n = len(check_vectors(x))
-    check_faulty(n, f, rule="CAF")
-    x, _ = screen(x, f)
+    x = admit(x, f, rule="CAF")
     best, _, _ = min(_filtering(pairwise(x), f), key=lambda state: state[1])
     return combine(best, x)
 
@@ -320,12 +310,10 @@ def filter_l2(x: Tensor, f: int, *, sigma: float | None = None, expansion: float
             estimates it.
         expansion: how many times the honest variance is let pass, at least 1; 20 in the federated literature.
     """
-    n = len(check_vectors(x))
-    check_faulty(n, f, rule="FilterL2")
+    x = admit(x, f, rule="FilterL2")
     check_number("expansion", expansion, low=1.0)
     if sigma is not None:
         check_number("sigma", sigma, low=0.0, open_low=True)
-    x, _ = screen(x, f)
     best, least = torch.empty(0), torch.inf
     for share, top, projections in _filtering(pairwise(x), f):
         if top < least:

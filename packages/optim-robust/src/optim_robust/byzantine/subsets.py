@@ -25,7 +25,7 @@ from torch import Tensor
 from optim_robust.byzantine.coordinates import nearest_to_median
 from optim_robust.byzantine.geometry import combine, pairwise
 from optim_robust.byzantine.rules import krum_scores
-from optim_robust.byzantine.vectors import check_faulty, check_vectors, screen
+from optim_robust.byzantine.vectors import admit, check_vectors
 from robust_core.errors import ResourceError
 
 __all__ = ["bulyan", "least_diameter", "least_eigenvalue", "minimum_diameter_average", "smea"]
@@ -100,8 +100,7 @@ def minimum_diameter_average(x: Tensor, f: int) -> Tensor:
         x: (n, d) one row for each sender.
         f: senders that may be faulty, 2 f < n. The search takes at most 2^f steps.
     """
-    check_faulty(len(check_vectors(x)), f, rule="minimum-diameter averaging")
-    x, _ = screen(x, f)
+    x = admit(x, f, rule="minimum-diameter averaging")
     return _average(x, least_diameter(pairwise(x), f))
 
 
@@ -147,8 +146,7 @@ def smea(x: Tensor, f: int) -> Tensor:
     Raises:
         ResourceError: C(n, f) is above 200,000.
     """
-    check_faulty(len(check_vectors(x)), f, rule="SMEA")
-    x, _ = screen(x, f)
+    x = admit(x, f, rule="SMEA")
     return _average(x, least_eigenvalue(pairwise(x), f))
 
 
@@ -161,8 +159,7 @@ def bulyan(x: Tensor, f: int) -> Tensor:
         f: senders that may be faulty, n >= 4 f + 3 where f > 0.
     """
     n = len(check_vectors(x))
-    check_faulty(n, f, most=max(0, (n - 3) // 4), rule="Bulyan")
-    x, _ = screen(x, f)
+    x = admit(x, f, most=max(0, (n - 3) // 4), rule="Bulyan")
     squared, left, chosen = pairwise(x), list(range(n)), []
     for _ in range(n - 2 * f):
         rest = squared[left][:, left]

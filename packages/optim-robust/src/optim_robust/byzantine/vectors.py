@@ -22,6 +22,7 @@ __all__ = [
     "NonFiniteError",
     "TooFewMessagesError",
     "Vectors",
+    "admit",
     "check_faulty",
     "check_vectors",
     "finite_rows",
@@ -112,6 +113,17 @@ def screen(x: Tensor, f: int, nonfinite: str = "raise") -> tuple[Tensor, int]:
             f"senders {bad} sent NaN or infinity: {len(bad)} are faulty, more than f={f}; nothing can be promised"
         )
     return x[finite], f - len(bad) if nonfinite == "discount" else f
+
+
+def admit(x: Tensor, f: int = 0, *, most: int | None = None, rule: str = "this rule") -> Tensor:
+    """Return ``x`` if it is a finite (n, d) matrix of senders of whom ``rule`` withstands ``f``: how all rules begin.
+
+    Raises:
+        TypeError, ValueError: see :func:`check_vectors` and :func:`check_faulty`.
+        NonFiniteError: a row holds NaN or infinity.
+    """
+    check_faulty(len(check_vectors(x)), f, most=most, rule=rule)
+    return screen(x, f)[0]
 
 
 def stack_vectors(x: Vectors) -> tuple[Tensor, Callable[[Tensor], Tensor | dict[str, Tensor]]]:

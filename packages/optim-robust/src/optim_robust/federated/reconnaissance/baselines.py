@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,14 @@ _T = TypeVar("_T", bound="_Head")
 Optimiser = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
+class _Training(TypedDict, total=False):
+    """How every baseline trains, beside its epochs."""
+
+    batch_size: int
+    optimiser: Optimiser | None
+    generator: Seed
+
+
 class _Head(nn.Module):
     """An encoder (a copy of the caller's) with a linear head over all global labels."""
 
@@ -40,10 +48,10 @@ class _Head(nn.Module):
         n_classes: int,
         dim: int,
         *,
-        epochs: int,
-        batch_size: int,
-        optimiser: Optimiser | None,
-        generator: Seed,
+        epochs: int = 20,
+        batch_size: int = 64,
+        optimiser: Optimiser | None = None,
+        generator: Seed = None,
     ) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(encoder)
@@ -131,21 +139,6 @@ class SequentialFineTuning(_Head):
         generator: seed.
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        n_classes: int,
-        dim: int,
-        *,
-        epochs: int = 20,
-        batch_size: int = 64,
-        optimiser: Optimiser | None = None,
-        generator: Seed = None,
-    ) -> None:
-        super().__init__(
-            encoder, n_classes, dim, epochs=epochs, batch_size=batch_size, optimiser=optimiser, generator=generator
-        )
-
 
 class JointRetraining(SequentialFineTuning):
     """The upper baseline: keep every example, and train from the beginning on all of them at each update.
@@ -224,13 +217,9 @@ class ICaRL(_Head):
         base_epochs: int = 200,
         epochs: int = 30,
         merge_epochs: int = 50,
-        batch_size: int = 64,
-        optimiser: Optimiser | None = None,
-        generator: Seed = None,
+        **training: Unpack[_Training],
     ) -> None:
-        super().__init__(
-            encoder, n_classes, dim, epochs=epochs, batch_size=batch_size, optimiser=optimiser, generator=generator
-        )
+        super().__init__(encoder, n_classes, dim, epochs=epochs, **training)
         self.budget = check_count("budget", budget)
         self.temperature = check_number("temperature", temperature, low=0, open_low=True)
         self.base_epochs = check_count("base_epochs", base_epochs)
@@ -310,13 +299,9 @@ class FedAvg(_Head):
         *,
         body: bool = False,
         epochs: int = 20,
-        batch_size: int = 64,
-        optimiser: Optimiser | None = None,
-        generator: Seed = None,
+        **training: Unpack[_Training],
     ) -> None:
-        super().__init__(
-            encoder, n_classes, dim, epochs=epochs, batch_size=batch_size, optimiser=optimiser, generator=generator
-        )
+        super().__init__(encoder, n_classes, dim, epochs=epochs, **training)
         self.body = body
         if not body:
             self.encoder.requires_grad_(False)
