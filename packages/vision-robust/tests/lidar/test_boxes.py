@@ -181,3 +181,23 @@ def test_batches_compact_and_split():
     assert short.mask.tolist()[0] == [True, True, False]
     for a, b in zip(short.split(), [cloud[1::2] for cloud in clouds], strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["3d", "bev", "giou"])
+def test_vast_boxes_and_two_precisions(kind: str) -> None:
+    unit = torch.tensor([[0.0, 0, 0, 4, 2, 1.5, 0.3], [1.0, 0.5, 0.2, 3, 2, 1.5, 1.1]])
+    wanted = B.iou(unit[:1], unit[1:], kind=kind)
+    for scale in (1e9, 1e25):
+        vast = torch.cat([unit[:, :6] * scale, unit[:, 6:]], 1)
+        torch.testing.assert_close(B.iou(vast[:1], vast[1:], kind=kind), wanted)
+    mixed = B.iou(unit[:1], unit[1:].double(), kind=kind)
+    assert mixed.dtype == torch.float64
+    torch.testing.assert_close(mixed.float(), wanted)
+
+
+def test_nms_names_what_it_cannot_use() -> None:
+    boxes = torch.tensor([[0.0, 0, 0, 4, 2, 1.5, 0.3]]).repeat(3, 1)
+    with pytest.raises(ValueError, match="scores"):
+        B.nms(boxes, torch.tensor([0.5, float("nan"), 0.9]))
+    with pytest.raises(ValueError, match="labels has shape"):
+        B.nms(boxes, torch.rand(3), labels=torch.tensor([0]))

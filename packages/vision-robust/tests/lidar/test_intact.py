@@ -245,6 +245,19 @@ def test_flat_saliency_counts_all_points_the_same_and_says_so(caplog: pytest.Log
     assert "saliency is zero" in caplog.text
 
 
+def test_what_does_not_matter_can_stay_dark() -> None:
+    score = torch.tensor([[0.0, 0.0, 2.0, 4.0]])
+    region = torch.tensor([[0, 0, 1, 1]])
+    found = normalised(score, torch.ones(1, 4, dtype=torch.bool), region, even=False)
+    assert found.tolist() == [[0.0, 0.0, 0.5, 1.0]]
+
+
+def test_labels_beyond_the_network_are_named_before_they_crash_the_attacker() -> None:
+    batch = clouds() | {"y": torch.full((12,), 7)}
+    with pytest.raises(ValueError, match="labels 7"):
+        harden(tiny(), batch, "adversarial", task=TASK, epochs=1, batch_size=12, settings=Settings(mu=1.0))
+
+
 def test_regions_are_compared_each_by_itself() -> None:
     score = torch.tensor([[1.0, 2.0, 30.0, 10.0, 500.0]])
     found = normalised(score, torch.ones(1, 5, dtype=torch.bool), torch.tensor([[0, 0, 1, 1, -1]]))

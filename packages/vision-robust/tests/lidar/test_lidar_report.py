@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from robust_core.data import Dataset
+from robust_core.errors import CheckpointError
 from robust_core.random import reseeded
 from vision_robust.lidar.birds_eye import birds_eye_plot, shapes_plot
 from vision_robust.lidar.evaluation import LidarReport, evaluate
@@ -235,3 +238,60 @@ def test_distance_of_nested_outputs_is_that_of_their_tensors() -> None:
     assert task.distance(a, b, 1.0).tolist() == [5.0, 5.0]
     with pytest.raises(TypeError, match="different forms"):
         task.distance(a, {"heat": torch.zeros(2, 5)}, 1.0)
+
+
+def value(report: LidarReport, name: str) -> float:
+    return report.document["figures"][name]["value"]
+
+
+def test_data_that_changed_under_the_same_words_is_not_taken_for_what_was_measured(tmp_path: Path) -> None:
+    source = street()
+    evaluate(pillars(), source, resume=tmp_path)
+    moved = [f.with_points(f.points + 1) for f in source.sequences[0][1]]
+    with pytest.raises(CheckpointError, match="another model, data"):
+        evaluate(pillars(), Source("made", ("Car",), [("0", moved)], True), resume=tmp_path)
+    with pytest.raises(CheckpointError, match="another model, data"):
+        evaluate(pillars(), source, resume=tmp_path, min_score=0.5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "said"),
+    [
+        (torch.tensor([-1]), ValueError, "gives label -1"),
+        (torch.tensor([1]), ValueError, "gives label 1"),
+        (torch.tensor([0.0]), TypeError, "integers are needed"),
+    ],
+)
+def test_labels_that_mean_nothing_are_refused(labels: torch.Tensor, error: type[Exception], said: str) -> None:
+    class Odd(Knowing):
+        def detect(self, points: torch.Tensor, mask: torch.Tensor) -> list[Detections]:
+            return [Detections(torch.zeros(1, 7), labels, torch.ones(1))]
+
+    with pytest.raises(error, match=said):
+        evaluate(Odd(street()), street())
+
+
+def test_the_smallest_evaluations() -> None:
+    source = street()
+    report = evaluate(Knowing(source), source, frames=1)
+    assert report.document["n"] == 1
+    assert value(report, "clean/mota") == 1.0
+    gap = Source("made", ("Car",), [("none", []), *source.sequences], True)
+    assert value(evaluate(Knowing(source), gap), "clean/map/3d") == 1.0
+    bare = [f.select(torch.zeros(0, dtype=torch.int64)) for f in source.sequences[0][1]]
+    report = evaluate(Knowing(source), Source("made", ("Car",), [("0", bare)], True))
+    assert "no box to find" in " ".join(report.document["flags"])
+    assert not [name for name in report.document["figures"] if "map" in name or "mota" in name]
+    one = evaluate(Left(), clouds(), corruptions="modelnet-c/drop_global", severities=(1,))
+    low, high = one.document["figures"]["corrupted/accuracy"]["interval"]
+    assert low < 0.9  # twelve right answers of twelve prove no certainty
+    assert high == 1.0
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [({"frames": 0}, "frames"), ({"kinds": ()}, "kinds is empty"), ({"severities": ("1",)}, "severities")],
+)
+def test_arguments_without_a_meaning_are_named(bad: dict, said: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=said):
+        evaluate(Knowing(street()), street(), **bad)

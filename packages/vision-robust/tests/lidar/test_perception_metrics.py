@@ -278,3 +278,16 @@ def test_tracks_begin_end_and_are_greedy():
         TrackSettings(affinity="appearance")
     with pytest.raises(ValueError, match="poses"):
         track_sequence([said(scores=[])] * 2, ("Car",), poses=[torch.eye(4)])
+
+
+def test_a_tracker_names_what_it_cannot_use() -> None:
+    box, one = torch.tensor([[0.0, 0, 0, 4, 2, 1.5, 0.3]]), torch.ones(1)
+    with pytest.raises(ValueError, match="scores has shape"):
+        KalmanTracker().update(box.repeat(2, 1), one)
+    for pose in (np.eye(3), np.zeros((4, 4)), np.full((4, 4), np.nan)):
+        with pytest.raises(ValueError, match="rigid motion"):
+            KalmanTracker().update(box, one, pose=pose)
+    with pytest.raises(ValueError, match="classes is empty"):
+        track_sequence([], ())
+    with pytest.raises(ValueError, match="labels of frame 0"):
+        track_sequence([Detections(box, torch.tensor([5]), one)], ("Car",))

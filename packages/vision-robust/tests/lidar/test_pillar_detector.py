@@ -9,7 +9,14 @@ import torch
 
 from robust_core.training import fit
 from vision_robust.lidar.boxes import iou
-from vision_robust.lidar.intact import CurriculumTraining, Detection, TargetedPerturbation, columns_of
+from vision_robust.lidar.intact import (
+    CurriculumTraining,
+    Detection,
+    Settings,
+    TargetedPerturbation,
+    columns_of,
+    harden,
+)
 from vision_robust.lidar.intact.saliency import robust_saliency
 from vision_robust.lidar.models import Grid, PillarDetector
 from vision_robust.lidar.types import Frame
@@ -107,3 +114,15 @@ def test_saliency_of_a_scene_lies_around_its_boxes_and_the_attacker_hides_them()
 def test_a_grid_that_cannot_be_cut_is_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         Grid(**bad)
+
+
+@pytest.mark.parametrize("method", ["curriculum", "intact"])
+def test_streets_without_a_box_are_trained_on_and_frames_without_a_point_are_named(method: str) -> None:
+    bare = [scene(i, 0) for i in range(4)]
+    quick = Settings(teacher_steps=2, n_draws=2)
+    options = {"settings": quick, "epochs": 1, "batch_size": 2, "keep_outputs": False, "generator": 0}
+    model = detector()
+    harden(model, columns_of(bare), method, task=Detection(model), teacher=detector(1), **options)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    with pytest.raises(ValueError, match="no point"):
+        columns_of([frame.with_points(frame.points[:0]) for frame in bare])

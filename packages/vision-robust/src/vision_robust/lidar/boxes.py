@@ -23,7 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from robust_core.checks import check_choice, check_number
+from robust_core.checks import check_choice, check_finite, check_number
 from vision_robust.lidar.types import check_boxes
 
 __all__ = [
@@ -123,6 +123,19 @@ def _hull_area(a: Tensor, b: Tensor) -> Tensor:
     return ((gap[..., 1:] + gap[..., :-1]) * (x[..., 1:] - x[..., :-1])).sum(-1) / 2
 
 
+def _of_one_size(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return pairs of boxes (..., 7) of one dtype, each pair shrunk by the power of two that brings its sizes below 1.
+
+    Overlaps stay the same (parallel boxes: to the last bit or so), and volumes of vast boxes do not overflow.
+    """
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    largest = torch.maximum(a[..., 3:6].amax(-1), b[..., 3:6].amax(-1)).detach()
+    part, power = torch.frexp(largest)
+    shrink = torch.where(power > 0, part / largest, 1)[..., None]  # a quotient is exact, ldexp's power is not
+    return torch.cat([a[..., :6] * shrink, a[..., 6:]], -1), torch.cat([b[..., :6] * shrink, b[..., 6:]], -1)
+
+
 def paired_iou(a: Tensor, b: Tensor, *, kind: str = "3d") -> Tensor:
     """Return (...) overlaps of boxes ``a`` and ``b`` (..., 7), pair by pair.
 
@@ -133,7 +146,7 @@ def paired_iou(a: Tensor, b: Tensor, *, kind: str = "3d") -> Tensor:
             in space, in [-1, 1]: negative for boxes apart, the more the farther.
     """
     check_choice("kind", kind, ("3d", "bev", "giou"))
-    a, b = torch.broadcast_tensors(a, b)
+    a, b = _of_one_size(*torch.broadcast_tensors(a, b))
     area_a, area_b = a[..., 3] * a[..., 4], b[..., 3] * b[..., 4]
     common = torch.minimum(bev_intersection(a, b), torch.minimum(area_a, area_b))
     tiny = torch.finfo(a.dtype).tiny
@@ -160,7 +173,7 @@ def iou(a: Tensor, b: Tensor, *, kind: str = "3d") -> Tensor:
     check_choice("kind", kind, ("3d", "bev", "giou"))
     check_boxes(a, name="a")
     check_boxes(b, name="b")
-    out = a.new_zeros(len(a), len(b))
+    out = a.new_zeros(len(a), len(b), dtype=torch.promote_types(a.dtype, b.dtype))
     if kind == "giou":
         rows, columns = (i.reshape(-1) for i in torch.meshgrid(
             torch.arange(len(a), device=a.device), torch.arange(len(b), device=a.device), indexing="ij"))  # fmt: skip
@@ -191,6 +204,9 @@ def nms(
     check_boxes(boxes)
     if scores.shape != (len(boxes),):
         raise ValueError(f"scores has shape {tuple(scores.shape)}; ({len(boxes)},) is needed, one for each box")
+    check_finite("scores", scores)
+    if labels is not None and labels.shape != scores.shape:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; ({len(boxes)},) is needed, one for each box")
     order = scores.argsort(descending=True, stable=True)
     chosen = boxes[order].detach()
     beats = (iou(chosen, chosen, kind=kind) > threshold).triu(1)

@@ -125,8 +125,12 @@ def evaluate(
         ValueError: an unknown corruption, severities outside 1 .. 5, no data.
         CheckpointError: ``resume`` holds conditions of another measurement.
     """
-    wanted, levels = _conditions(corruptions, severities)
+    wanted, levels = _conditions([corruptions] if isinstance(corruptions, str) else corruptions, severities)
     check_count("batch_size", batch_size)
+    if frames is not None:
+        check_count("frames", frames)
+    if not kinds:
+        raise ValueError("kinds is empty; give '3d', 'bev' or both")
     check_number("min_score", min_score)
     scenes = isinstance(data, Source)
     if scenes and not callable(getattr(model, "detect", None)):
@@ -160,7 +164,7 @@ def evaluate(
         "device": str(model_device(model) or "cpu"),
         "figures": {key: value.as_json() for key, value in figures.items()},
         "flags": run.flags(figures),
-        "corruptions": list(dict.fromkeys(corruptions)),
+        "corruptions": list(dict.fromkeys(how[0] for how in wanted.values() if how is not None)),
         "severities": levels,
         "details": told | {"tracked": data.tracked} if isinstance(data, Source) else {},
         "saliency": why or "shown",
@@ -172,7 +176,7 @@ def evaluate(
 
 
 def _conditions(names: Sequence[str], severities: Sequence[int]) -> tuple[dict[str, How], list[int]]:
-    known, levels = known_corruptions(), sorted(set(severities))
+    known, levels = known_corruptions(), sorted({check_count("severities", level, low=0) for level in severities})
     for name in names:
         if name not in known:
             raise ValueError(f"corruptions: no {name!r}; choose of {', '.join(known)}")
@@ -197,8 +201,19 @@ def _to_show(
 
 
 def _identity(model: nn.Module, data: Dataset | Source, seed: int, told: Mapping[str, Any]) -> str:
-    what = f"{data.words}|{len(data)}|{data.classes}" if isinstance(data, Source) else data.sha256
+    what = _source_identity(data) if isinstance(data, Source) else data.sha256
     return hashlib.sha256(f"{fingerprint(model)}|{what}|{seed}|{sorted(told.items())}".encode()).hexdigest()
+
+
+def _source_identity(source: Source) -> str:
+    """Return what tells data apart: names and lengths of the sequences, and the first frame of each."""
+    digest = hashlib.sha256(f"{source.words}|{source.classes}".encode())
+    for name, frames in source.sequences:
+        digest.update(f"|{name}|{len(frames)}|".encode())
+        if len(frames):
+            for value in (frames[0].points, frames[0].boxes, frames[0].labels):
+                digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _kept(
@@ -253,7 +268,9 @@ class _Shapes:
         found = {f"{name}/accuracy": proportion(flags) for name, flags in right.items()}
         worse = [flags for name, flags in right.items() if name != CLEAN]
         if worse:
-            found["corrupted/accuracy"] = mean(np.mean(worse, 0), low=0.0, high=1.0)
+            share = np.mean(worse, 0)  # of each cloud, over corruptions
+            same = share.min() == share.max() and share[0] in (0.0, 1.0)  # Student's interval would have no width
+            found["corrupted/accuracy"] = proportion(share == 1) if same else mean(share, low=0.0, high=1.0)
         if all(f"{name}@{level}" in right for name in DGCNN for level in range(1, 6)):
             accuracy = {name: [float(right[f"{name}@{k}"].mean()) for k in range(1, 6)] for name in DGCNN}
             errors = corruption_errors(accuracy, float(right[CLEAN].mean()))
@@ -320,8 +337,11 @@ class _Scenes:
         if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], Detections):
             raise TypeError("detect() returns one Detections for each cloud, in a list")
         said = found[0]
-        if len(said.labels) and int(said.labels.max()) >= len(self.source.classes):
-            raise ValueError(f"detect() gives label {int(said.labels.max())}; the data has {self.source.classes}")
+        if said.labels.is_floating_point():
+            raise TypeError(f"detect() gives labels of {said.labels.dtype}; integers are needed")
+        wrong = [k for k in said.labels.unique().tolist() if not 0 <= k < len(self.source.classes)]
+        if wrong:
+            raise ValueError(f"detect() gives label {wrong[0]}; the data has {self.source.classes}, from 0 on")
         return Detections(said.boxes.cpu(), said.labels.cpu(), said.scores.cpu())
 
     def measure(self, how: How) -> dict[str, Any]:
@@ -359,8 +379,10 @@ class _Scenes:
     def flags(self, figures: Mapping[str, Estimate]) -> list[str]:
         """Return reasons to doubt the figures."""
         flags = [] if self.n >= 50 else [f"only {self.n} frames: average precision varies much from drive to drive"]
-        best = max((e.value for name, e in figures.items() if name.startswith(f"{CLEAN}/ap/")), default=0.0)
-        if best < 0.01:
+        precision = [e.value for name, e in figures.items() if name.startswith(f"{CLEAN}/ap/")]
+        if not precision:
+            flags.append("the frames hold no box to find: there is no precision, and every detection is wrong")
+        elif max(precision) < 0.01:
             flags.append("clean AP is nothing: do boxes, axes and the order of classes agree with the data's?")
         return flags
 

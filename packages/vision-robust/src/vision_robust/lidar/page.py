@@ -36,7 +36,7 @@ def render(report: LidarReport) -> str:
         flags=d["flags"],
         clear="Checked: enough samples, clean figures above chance"
         + (".", ", boxes that agree with the data's axes.")[d["task"] == "scenes"],
-        note="Brackets are exact 95 % intervals over clouds."
+        note="Brackets are 95 % intervals over clouds: exact for a condition, Student's for the mean over corruptions."
         if d["task"] == "shapes"
         else "Average precision (AP) and tracking (MOTA) have no intervals: frames of a drive are not independent.",
         sections=sections,

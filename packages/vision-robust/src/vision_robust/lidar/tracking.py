@@ -22,7 +22,7 @@ from torch import Tensor
 
 from robust_core.checks import check_choice, check_count, check_number
 from vision_robust.lidar.boxes import iou
-from vision_robust.lidar.types import Detections, Frame
+from vision_robust.lidar.types import Detections, Frame, check_boxes
 
 __all__ = ["SETTINGS", "KalmanTracker", "TrackSettings", "track_sequence", "trails_of"]
 
@@ -149,8 +149,16 @@ class KalmanTracker:
             boxes: (M, 7) detections.
             scores: (M,).
             pose: (4, 4) from this frame to one that does not move; the identity when None.
+
+        Raises:
+            ValueError: shapes do not agree, or a number is not finite.
         """
+        check_boxes(boxes)
+        if scores.shape != (len(boxes),):
+            raise ValueError(f"scores has shape {tuple(scores.shape)}; ({len(boxes)},) is needed, one for each box")
         place = np.eye(4) if pose is None else np.asarray(pose, np.float64)
+        if place.shape != (4, 4) or not np.isfinite(place).all() or abs(np.linalg.det(place[:3, :3])) < 1e-6:
+            raise ValueError(f"pose={place.tolist()}: a finite rigid motion (4, 4) is needed")
         found = _moved(boxes.detach().cpu().double().numpy(), place)
         score = scores.detach().cpu().double().numpy()
         self.frames += 1
@@ -219,8 +227,10 @@ def track_sequence(
         min_score: weaker detections are left out. Choose it on clean validation data, once for all noise levels.
 
     Raises:
-        ValueError: fewer poses than frames.
+        ValueError: fewer poses than frames, no classes, or labels that are none of them.
     """
+    if not classes:
+        raise ValueError("classes is empty; the name of each label is needed")
     trackers = [KalmanTracker(settings.get(name)) for name in classes]
     stride = len(classes)
     places = None if poses is None else iter(poses)
@@ -229,6 +239,10 @@ def track_sequence(
         pose = None
         if places is not None and (pose := next(places, None)) is None:
             raise ValueError(f"poses end before frame {i}; one is needed for each frame")
+        if len(said.labels) and not 0 <= int(said.labels.min()) <= int(said.labels.max()) < stride:
+            raise ValueError(
+                f"labels of frame {i} are {sorted(set(said.labels.tolist()))}; 0 .. {stride - 1} are known"
+            )
         sure = said.select(said.scores >= min_score)
         parts = []
         for label, tracker in enumerate(trackers):

@@ -56,6 +56,8 @@ def check_boxes(boxes: Tensor, *, name: str = "boxes") -> Tensor:
 def positions(chosen: Tensor, most: int) -> Tensor:
     """Return (B, most) positions of the chosen points (B, N) of each cloud in their order, filled up with 0."""
     rows, columns = chosen.nonzero(as_tuple=True)
+    if len(columns) == len(chosen) * most:  # none is to be filled up
+        return columns.reshape(len(chosen), most)
     counts = chosen.sum(1)
     rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
     out = rows.new_zeros(len(chosen), most)

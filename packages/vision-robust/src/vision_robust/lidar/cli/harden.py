@@ -142,9 +142,12 @@ def _columns(
         return {"x": batch["x"], "y": batch["y"]}, Blueprint("pointnet", tuple(names), options)
     source: Any = found
     every = [f[i] for _, f in source.sequences for i in range(len(f) if frames is None else min(frames, len(f)))]
+    seen = [frame for frame in every if len(frame.points)]
+    if len(seen) < len(every):
+        console.info(f"{len(every) - len(seen)} of {len(every)} frames hold no point and are left out")
     side = 2 * round(reach)
     grid = {"x": (-side / 2, side / 2), "y": (-side / 2, side / 2), "cell": 0.5}
-    return columns_of(every), Blueprint("pillars", tuple(source.classes), {"grid": grid, "width": width or 32})
+    return columns_of(seen), Blueprint("pillars", tuple(source.classes), {"grid": grid, "width": width or 32})
 
 
 def _own(spec: str, layout: str | None, seed: int) -> nn.Module:

@@ -75,8 +75,9 @@ def drop_local(cloud: Cloud, level: int, draws: Draws) -> Cloud:
     """Drop 100 .. 500 points (of 1,024) in 1 to 7 clusters: the nearest to a random point, which goes with them."""
     total = torch.minimum(_share(cloud, 100 * (level + 1)), (cloud.counts - 1).clamp_min(0))
     clusters, owner, real = _cluster_sizes(total, draws)
-    sizes = torch.zeros(len(total), _MOST_CLUSTERS, dtype=torch.int64, device=total.device)
-    sizes.scatter_add_(1, owner, real.to(torch.int64))
+    slot = owner + _MOST_CLUSTERS * torch.arange(len(total), device=total.device)[:, None]
+    slot = slot.flatten() if cloud.whole else slot[real]
+    sizes = torch.bincount(slot, minlength=_MOST_CLUSTERS * len(total)).reshape(-1, _MOST_CLUSTERS)
     centres = draws("centres").uniform((_MOST_CLUSTERS,))
     order = clusters.argsort(descending=True, stable=True)  # in each round, the samples with a cluster left come first
     planes, mask, rest = cloud.planes[order], cloud.mask[order], cloud.rest[order]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,7 +116,7 @@ def _bernstein(t: Tensor) -> Tensor:
     """Return (..., 5, N) Bernstein polynomials of degree 4 at ``t`` (..., N) in [0, 1]."""
     s = 1 - t
     tt, ts, ss = t * t, t * s, s * s  # products: a power costs ten of them
-    return torch.stack([ss * ss, 4 * ts * ss, 6 * tt * ss, 4 * tt * ts, tt * tt], -2)
+    return torch.stack([ss * ss, (ts * ss).mul_(4), (tt * ss).mul_(6), (tt * ts).mul_(4), tt * tt], -2)
 
 
 def ffd(cloud: Cloud, level: int, draws: Draws) -> Cloud:
@@ -157,16 +158,22 @@ def _warp(cloud: Cloud, level: int, draws: Draws, *, inverse: bool) -> Cloud:
     coefficients = (padded(moves) @ solve.T)[: len(moves)].reshape(-1, 3, len(solve))  # padded: rows keep their bits
     line = torch.linspace(-1, 1, _GRID, dtype=torch.float32, device=points.device)[:, None]
     out, n = torch.empty_like(cloud.planes), len(points)
-    room = line.new_empty(_AT_ONCE, _GRID, _GRID, _GRID, out.shape[2])
+    room = line.new_ones(_AT_ONCE, len(solve), out.shape[2])  # kernel, one, place: what the coefficients are for
+    grid = room[:, :n].unflatten(1, (_GRID, _GRID, _GRID))
     for rows in (slice(i, i + _AT_ONCE) for i in range(0, len(out), _AT_ONCE)):
         planes = cloud.planes[rows].to(torch.float32)
         x, y, z = (planes[:, :, None] - line).square_().unbind(1)  # each (B, 5, N): a grid's distances are sums
         flat = x.add_(_RADIUS**2)[:, :, None] + y[:, None]
-        squared = torch.add(flat[:, :, :, None], z[:, None, None], out=room[: len(planes)]).flatten(1, 3)
-        kernel = squared.rsqrt_() if inverse else squared.sqrt_()
-        affine = torch.cat([torch.ones_like(planes[:, :1]), planes], 1)
-        shift = coefficients[rows, :, :n] @ kernel + coefficients[rows, :, n:] @ affine
-        out[rows] = cloud.planes[rows] + shift.to(out.dtype)
+        squared = torch.add(flat[:, :, :, None], z[:, None, None], out=grid[: len(planes)])
+        if inverse:
+            squared.rsqrt_()
+        elif squared.device.type == "cpu":
+            np.sqrt(squared.numpy(), out=squared.numpy())  # a fifth faster than torch's
+        else:
+            squared.sqrt_()
+        room[: len(planes), n + 1 :] = planes
+        shift = coefficients[rows] @ room[: len(planes)]
+        torch.add(cloud.planes[rows], shift.to(out.dtype), out=out[rows])
     return unit_box(cloud.in_planes(out))
 
 

@@ -31,9 +31,12 @@ def columns_of(frames: Sequence[Frame], *, margin: float = 1.0, channels: int = 
     ``x`` (S, N, channels), ``mask`` (S, N), ``boxes`` (S, K, 7), ``y`` (S, K) labels or -1 where a frame has fewer
     boxes or one to be ignored, ``owner`` (S, N) the box that a point lies in and ``region`` (S, N) the one within
     ``margin`` metres, -1 for none.
+
+    Raises:
+        ValueError: no frame, or none with a point.
     """
-    if not frames:
-        raise ValueError("frames is empty; at least one is needed")
+    if not any(len(frame.points) for frame in frames):
+        raise ValueError(f"frames holds {len(frames)} frames and no point; at least one is needed")
     clouds = Clouds.of([frame.points[:, :channels] for frame in frames])
     k = max(1, max(len(frame.boxes) for frame in frames))
     boxes = torch.zeros(len(frames), k, 7)

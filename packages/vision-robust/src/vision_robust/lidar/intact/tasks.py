@@ -42,6 +42,7 @@ class Classification:
 
     def gap(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the log-odds against the class: the cross-entropy's own direction, which never underflows."""
+        refuse_bad_labels(outputs, batch["y"])
         return log_odds(outputs, batch["y"])
 
     def distance(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -324,6 +324,6 @@ def _teach(
     fit(
         teacher, columns, objective, epochs=-(-settings.teacher_steps * batch_size // len(columns["x"])) + 1,
         batch_size=batch_size, optimiser=lambda p: torch.optim.Adam(p, lr=settings.teacher_lr),
-        generator=derive(seed, "teacher order"), on_step=tell, n_classes=int(columns["y"].max()) + 1,
+        generator=derive(seed, "teacher order"), on_step=tell, n_classes=max(int(columns["y"].max()), 0) + 1,
         checkpoint=None if checkpoint is None else f"{checkpoint}/teacher",
     )  # fmt: skip
