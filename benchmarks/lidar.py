@@ -6,6 +6,11 @@ because there they need a mesh and a display. Corruptions: one thread on both si
 severity 3. Boxes: the reference clips polygons in Python. Runs alternate; the figures are medians of processor time,
 which other programs of the machine disturb less than the clock; sweeps a second are by the clock.
 
+Training: one step of ``harden`` beside the bare passes that it needs on the same network and batch: forward and
+backward on clean clouds, on disturbed ones where the method has them, the attacker's passes on its share of the batch,
+the teacher's where its outputs are not kept, and the optimiser's step. Noise, sums of losses, the loop and its checks
+are what comes on top.
+
     python benchmarks/lidar.py --out benchmarks/results/lidar.json
 """
 
@@ -18,8 +23,10 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -295,6 +302,113 @@ def sweeps(repeats: int) -> dict[str, float]:
     }
 
 
+def bare_steps(model: Any, teacher: Any, columns: dict[str, Any], task: Any, method: str, batch: int, n: int) -> list:
+    """Return the seconds of ``n`` steps that take the passes of a method and nothing else."""
+    optimiser, took = torch.optim.Adam(model.parameters(), lr=1e-3), []
+    everyone, quarter = list(model.parameters()), batch // 4
+    for i in range(n + 2):
+        at = torch.arange(i * batch, (i + 1) * batch) % len(columns["x"])
+        part = {name: column[at] for name, column in columns.items()}
+        x, mask = part["x"], part["mask"]
+        cut = {name: column[:quarter] for name, column in part.items()}
+        model.train()
+        start = time.process_time()
+        optimiser.zero_grad(set_to_none=True)
+        loss = task.loss(model(x, mask), part).mean()
+        if method == "intact":
+            model.eval()
+            for p in everyone:
+                p.requires_grad_(False)
+            for _ in range(3):
+                points = cut["x"].clone().requires_grad_(True)
+                torch.autograd.grad(task.gap(model(points, cut["mask"]), cut).sum(), points)
+            for p in everyone:
+                p.requires_grad_(True)
+            model.train()
+        if method != "standard":
+            outputs = model(x, mask)
+            loss = 0.5 * loss + 0.5 * task.loss(outputs, part).mean()
+            if method == "intact":
+                with torch.no_grad():
+                    said = part["teacher"] if teacher is None else teacher(x, mask)
+                loss = loss + 0.1 * task.distance(outputs, said, 1.0).mean()
+        loss.backward()
+        optimiser.step()
+        took.append(time.process_time() - start)
+    return took[2:]
+
+
+def our_steps(make: Any, columns: dict[str, Any], task: Any, method: str, batch: int, n: int, **options: Any) -> list:
+    """Return the seconds of ``n`` steps of ``harden``, from one report of progress to the next."""
+    from robust_core.random import reseeded
+    from vision_robust.lidar.intact import harden
+
+    class Enough(Exception):  # noqa: N818 - a way out, not an error
+        pass
+
+    stamps: list[float] = []
+
+    def tell(phase: str, done: int, total: int) -> None:
+        stamps.extend([time.process_time()] if phase == method else [])
+        if len(stamps) > n + 2:
+            raise Enough
+
+    with reseeded(0):
+        student, teacher = make(), make()
+    try:
+        harden(student, columns, method, task=task(student), teacher=teacher, epochs=10_000, batch_size=batch,
+               optimiser=partial(torch.optim.Adam, lr=1e-3), generator=0, on_step=tell, **options)  # fmt: skip
+    except Enough:
+        return list(np.diff(stamps)[2:])
+    raise RuntimeError("training ended early")
+
+
+def tasks_of_training() -> dict[str, tuple[Any, dict[str, Any], Any, int, int, Any]]:
+    """Return name -> (network, columns, task, batch, steps, noise)."""
+    from vision_robust.lidar.digits import digit_clouds
+    from vision_robust.lidar.intact import Classification, Detection, TargetedPerturbation, columns_of
+    from vision_robust.lidar.models import Grid, PillarDetector, PointNet
+    from vision_robust.lidar.simulator import Drive, LidarSpec
+
+    found = {}
+    small = partial(PointNet, 10, (64, 64, 128), (64,), frequencies=2, norm="none", dropout=0.0)
+    for points, make, batch, steps in ((64, small, 64, 150), (1024, partial(PointNet, 10), 16, 4)):
+        digits = digit_clouds("train", n_points=points)
+        columns = {"x": digits["x"][: 8 * batch], "y": digits["y"][: 8 * batch]}
+        name = f"PointNet, digits, {points:,} points, batch {batch}"
+        found[name] = (make, columns, lambda _: Classification(), batch, steps, TargetedPerturbation())
+    spec = LidarSpec(n_beams=32, azimuth_step_deg=0.5, max_range_m=50.0)
+    frames = [Drive(8, dt_s=0.5, spec=spec, generator=i)[k] for i in range(2) for k in range(8)]
+    make = partial(PillarDetector, 3, Grid((-32.0, 32.0), (-32.0, 32.0), 0.5), width=32)
+    ray = TargetedPerturbation(direction="ray")
+    found["pillar detector, width 32, batch 4"] = (make, columns_of(frames), Detection, 4, 6, ray)
+    return found
+
+
+def training(repeats: int) -> dict[str, dict[str, float]]:
+    from robust_core.random import reseeded
+    from vision_robust.lidar.intact import Settings
+
+    table = {}
+    for name, (make, columns, task, batch, steps, noise) in tasks_of_training().items():
+        kept = name.startswith("PointNet")
+        settings = Settings(noise=noise, teacher_steps=1, n_draws=1, n_tasks=1)
+        for method in ("standard", "curriculum", "intact"):
+            bare, ours = [], []
+            for _ in range(repeats):
+                with reseeded(0):
+                    model, teacher = make(), make()
+                whole = {"mask": torch.ones(columns["x"].shape[:2], dtype=torch.bool), **columns}
+                if kept:
+                    whole["teacher"] = torch.zeros(len(columns["x"]), 10)
+                bare += bare_steps(model, None if kept else teacher, whole, task(model), method, batch, steps)
+                ours += our_steps(make, columns, task, method, batch, steps, settings=settings, keep_outputs=kept)
+            row = {"bare_ms": round(1e3 * median(bare), 2), "step_ms": round(1e3 * median(ours), 2)}
+            table[f"{name}: {method}"] = row | {"ratio": round(row["step_ms"] / row["bare_ms"], 3)}
+            print(f"{name}: {method}", *table[f"{name}: {method}"].values())
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -313,12 +427,14 @@ def main() -> None:
     print("slowest ratio:", slowest, "all together:", whole)
     overlap, simulator = boxes(arguments.repeats), sweeps(arguments.repeats)
     print("boxes:", overlap, "simulator:", simulator)
+    steps = training(max(2, arguments.repeats // 2))
     document = {
         "schema": "robust.benchmark/1",
         "what": "1,000 clouds of 1,024 points, severity 3, one thread; ratio = reference seconds / our seconds, "
-        "medians of alternating runs; 1,000 x 1,000 rotated boxes; sweeps of 64 x 720 rays with labels and visibility",
+        "medians of alternating runs; 1,000 x 1,000 rotated boxes; sweeps of 64 x 720 rays with labels and visibility; "
+        "training: processor time of a step of harden beside its bare passes. Other programs ran on the machine (load)",
         "corruptions": table, "slowest": slowest, "all_together": whole,
-        "floors": floors(arguments.repeats), "boxes": overlap, "simulator": simulator,
+        "floors": floors(arguments.repeats), "boxes": overlap, "simulator": simulator, "training": steps,
         "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "machine": platform.machine(),
