@@ -134,7 +134,7 @@ def _add(digest: hashlib._Hash, value: object) -> None:
             _add(digest, part)
     elif isinstance(value, Tensor):
         digest.update(f"{tuple(value.shape)}:{value.dtype}".encode())
-        digest.update(memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     else:
         digest.update(repr(value).encode())
 
