@@ -14,7 +14,7 @@ from robust_core.data import Dataset
 from robust_core.errors import CheckpointError, UntrustedFileError
 from robust_core.io import load_tensors
 from vision_robust.lidar.cli.words import open_data
-from vision_robust.lidar.evaluation import evaluate
+from vision_robust.lidar.evaluation import LidarReport, evaluate
 from vision_robust.lidar.kitti import write_kitti
 from vision_robust.lidar.models import PointNet
 from vision_robust.lidar.saved import Blueprint, build, load_saved, save
@@ -63,6 +63,7 @@ def test_a_users_detector_on_a_folder_of_drives(drives: Path, tmp_path: Path) ->
     assert report["kitti-c/density@5/map/3d"].value == 0.0
     assert report["kitti-c/density@5/mota"].value == 0.0
     folder = report.save(tmp_path / "out")
+    assert LidarReport.load(folder).document == report.document
     assert "From above" in (folder / "report.html").read_text(encoding="utf-8")
     assert json.loads((folder / "result.json").read_text())["n"] == 3
 

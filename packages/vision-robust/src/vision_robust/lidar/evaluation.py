@@ -32,8 +32,9 @@ from robust_core.checks import check_count, check_number
 from robust_core.claim import versions
 from robust_core.data import Dataset
 from robust_core.errors import CheckpointError
+from robust_core.evaluation.documents import DocumentReport
 from robust_core.evaluation.metrics import Estimate, mean, proportion
-from robust_core.io import read_json, write_atomic, write_json
+from robust_core.io import read_json, write_json
 from robust_core.models import fingerprint, frozen, model_device
 from robust_core.random import Seed, resolve_seed
 from vision_robust.lidar.corruptions import corrupt_batch, corrupt_frame
@@ -54,7 +55,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
-class LidarReport:
+class LidarReport(DocumentReport):
     """A finished measurement.
 
     Attributes:
@@ -62,24 +63,15 @@ class LidarReport:
         shown: frames or shapes under some conditions, with what was found and saliency, for the page.
     """
 
-    document: dict[str, Any]
+    schemas = (SCHEMA,)
+
     shown: Sequence[SeenFrame | SeenShapes] = field(default=())
 
-    def __getitem__(self, name: str) -> Estimate:
-        """Return a figure, e.g. ``report["clean/accuracy"]``."""
-        entry = self.document["figures"][name]
-        interval = None if entry["interval"] is None else (entry["interval"][0], entry["interval"][1])
-        return Estimate(float("nan") if entry["value"] is None else entry["value"], interval, entry["n"])
-
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write ``report.html`` and ``result.json`` into a folder, each atomically."""
+    def html(self) -> str:
+        """Return the report as one self-contained page."""
         from vision_robust.lidar.page import render  # matplotlib is imported for it
 
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "report.html", render(self))
-        write_json(folder / "result.json", self.document)
-        return folder
+        return render(self)
 
 
 def evaluate(

@@ -24,14 +24,6 @@ _SHOWN, _PAST = 4, 20
 _DOTTED = "Boxes that returned fewer than five points are dotted; lines are where things came from, as seen from here."
 
 
-def _save(out: Path, document: dict[str, Any], page: str) -> None:
-    from robust_core.io.files import write_atomic, write_json
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "result.json", document)
-    write_atomic(out / "report.html", page)
-
-
 def _seen_from_above(
     frames: list[tuple[str, Frame]], title: str, text: list[str], trails: dict[str, dict[int, Any]] | None = None
 ) -> Section:
@@ -81,6 +73,7 @@ def simulate(
     check_out(out)
     import time
 
+    from robust_core.evaluation.documents import save_document
     from robust_core.random import derive
     from vision_robust.lidar.kitti import write_kitti
     from vision_robust.lidar.simulator import Drive, LidarSpec
@@ -118,7 +111,7 @@ def simulate(
         f"in each of {sequences} streets; range noise {range_sigma:g} m."
     )
     above = _seen_from_above(first, "From above", [_DOTTED], trails)
-    _save(out, document, _page(document, f"Simulated driving: {written} frames", [intro], [above]))
+    save_document(out, document, _page(document, f"Simulated driving: {written} frames", [intro], [above]))
     _show(document, out, json)
 
 
@@ -184,6 +177,7 @@ def corrupt(
 
     import numpy as np
 
+    from robust_core.evaluation.documents import save_document
     from vision_robust.lidar.corruptions import corrupt_frame
     from vision_robust.lidar.corruptions import corruptions as known_corruptions
     from vision_robust.lidar.sources import open_source
@@ -204,7 +198,7 @@ def corrupt(
         np.save(clouds / f"{name.replace('/', '-')}.npy", f.points.numpy(), allow_pickle=False)
     shown = [("clean", clean), *found.items()]
     above = _seen_from_above(shown, "From above", [f"Frame {clean.token}, whole and corrupted."])
-    _save(out, document, _page(document, f"Corruptions at severity {severity}", [], [above]))
+    save_document(out, document, _page(document, f"Corruptions at severity {severity}", [], [above]))
     _show(document, out, json)
 
 
