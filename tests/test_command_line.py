@@ -65,6 +65,7 @@ def test_methods_are_listed_as_the_contract_says() -> None:
         (("vision", "attack", "--model", "m:f", "--norm", "l7"), 2, "'linf', 'l2', 'l1'"),
         (("vision", "attack", "--model", "m:f", "--eps", "much"), 2, "fraction such as 8/255"),
         (("vision", "attack", "--model", "torch.nn:Identity", "--data", "./nowhere.npz"), 3, "no such file or folder"),
+        (("vision", "compare", "nowhere", "nor-here"), 3, "error: nowhere/result.json: no such file or directory"),
         (("vision", "harden", "--method", "hope", "--out", "x"), 2, "adversarial-training"),
         (("demo", "nonsense"), 2, "choose one of"),
     ],

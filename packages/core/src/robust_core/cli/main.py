@@ -195,6 +195,13 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else OK)
 
 
+def _words(error: Exception) -> str:
+    """Return what an error says; of files the name first, and no number of the system."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return f"{error}" or type(error).__name__
+
+
 def _explain(error: Exception) -> int:
     """Print what went wrong and return the exit code; ``ROBUST_TRACEBACK=1`` shows the whole story."""
     if os.environ.get("ROBUST_TRACEBACK"):
@@ -209,7 +216,7 @@ def _explain(error: Exception) -> int:
     if isinstance(error, typer.Abort | KeyboardInterrupt):
         console.error("interrupted")
         return FAILED
-    console.error(f"{error}" or type(error).__name__)
+    console.error(_words(error))
     if isinstance(error, ResourceError | MissingExtraError | OSError):
         return ENVIRONMENT
     if isinstance(error, ValueError | TypeError | RobustError):
