@@ -120,6 +120,13 @@ def test_tracks_come_from_where_they_were() -> None:
     assert "2 tracks" in page
 
 
+def test_a_tracking_accuracy_below_nothing_is_shown_as_it_is() -> None:
+    source = street()
+    report = evaluate(Knowing(source), source, corruptions=["kitti-c/cutout"], severities=(3,))
+    report.document["figures"]["kitti-c/cutout@3/mota"]["value"] = -0.37
+    assert ">-37<" in render(report)
+
+
 def test_trails_are_in_the_last_frame_whatever_the_sensor_did() -> None:
     frames = street().sequences[0][1]
     found = trails_of(frames, [f.pose for f in frames])

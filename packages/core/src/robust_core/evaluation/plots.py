@@ -247,10 +247,10 @@ def certified_curves_plot(curves: Sequence[tuple[str, np.ndarray, np.ndarray]], 
 
 
 def corruption_heat_map(names: Sequence[str], severities: Sequence[int], accuracy: np.ndarray) -> Figure:
-    """Plot accuracy for each corruption (row) and severity (column), (C, S)."""
+    """Plot accuracy for each corruption (row) and severity (column), (C, S); what lies below 0 is as dark as 0."""
     figure, axes = canvas(4.8, 0.75 + 0.27 * len(names))
     axes.grid(visible=False)
-    image = axes.pcolormesh(np.flipud(accuracy), cmap="cividis", vmin=0, vmax=1, edgecolors="face", linewidth=0.2)
+    axes.pcolormesh(np.flipud(accuracy), cmap="cividis", vmin=0, vmax=1, edgecolors="face", linewidth=0.2)
     for row in range(len(names)):
         for column in range(len(severities)):
             value = accuracy[row, column]
@@ -270,7 +270,6 @@ def corruption_heat_map(names: Sequence[str], severities: Sequence[int], accurac
     axes.set_xlabel("severity")
     for spine in axes.spines.values():
         spine.set_visible(False)
-    del image
     return figure
 
 

@@ -107,7 +107,7 @@ def _curves(report: LidarReport, measure: str) -> Section:
         alt = "; ".join(f"{names[r]}: {', '.join(f'{v:.2f}' for v in values[r])}" for r in hardest)
         caption = f"The {len(hardest)} hardest of {len(names)}." if len(names) > len(hardest) else ""
         found.append(plot_of(figure, f"{name} against severity. {alt}.", measure, "curves", caption))
-    heat = plots.corruption_heat_map([n.partition("/")[2] for n in names], levels, values.clip(0.0, 1.0))
+    heat = plots.corruption_heat_map([n.partition("/")[2] for n in names], levels, values)
     found.append(plot_of(heat, f"{name} in percent, corruption by severity.", measure, "heat", "In percent."))
     return Section(f"{name} against severity", [], found)
 
