@@ -15,13 +15,13 @@ vectors, 300 steps) is a stronger threat and is reported apart. Utility: accurac
 other digits, in the sentences of the retained prompts. The second checkpoint is the same pipeline, its UNet trained
 further to draw mirror-written digits.
 
-Found over three seeds at the quick scale: UnlearnDiffAtk breaks at most 8 % of the prompts, after either ESD 67 % or
-more. All attacks together break a third to two thirds of them, nearly all by plain synonyms, which nothing erases that
-was not told of them; after either ESD they break all. The retaining loss is what keeps other digits (85 to 91 %,
-without it 20 %), at a cost too near to the margin for three seeds to tell. Concept inversion breaks AdvUnlearn nearly
-as it breaks ESD: it has two vectors and 300 steps, where the attacker of the training has one and eight. On another
-seed, in the three sentences from which the concept is erased and that are retained for no digit, accuracy fell from 99
-to 62 %: retain prompts in the sentences that you erase from.
+Found over five seeds at the quick scale: UnlearnDiffAtk breaks at most 8 % of the prompts, after either ESD 42 % or
+more. All attacks together break a sixth to two thirds of them, nearly all by plain synonyms, which nothing erases that
+was not told of them; after either ESD they break all. The retaining loss is what keeps other digits (75 to 91 %,
+without it 20 %), at a cost too near to the margin to tell. Where no sentence is retained they suffer: in the three
+sentences from which the concept is erased and that are retained for no digit, accuracy falls from 99 to 54 to 72 %, as
+a pilot had suggested. Retain prompts in the sentences that you erase from. Concept inversion breaks AdvUnlearn nearly
+as it breaks ESD: it has two vectors and 300 steps, where the attacker of the training has one and eight.
 
 Full scale: $ROBUST_DATA/advunlearn with ``pipeline/`` (SD 1.4), ``prompts.csv`` (142 of I2P), ``retain.txt`` (243),
 ``captions.txt`` (COCO) and ``clip/``; NudeNet must be installed. Utility is there the CLIP score.
