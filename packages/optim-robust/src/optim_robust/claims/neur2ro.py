@@ -7,9 +7,10 @@ recourse in the planner's program does much of the work by itself); static robus
 policy that a user would try first. Full scale: the paper's data (500 x 10 x 50), 500 epochs, its widths, the published
 files of 20 and 30 items (``ROBUST_DATA/two_stage_robust_knapsack``), 30 s for each solve.
 
-Found over three seeds: near-optimality and argmax against max hold. The trained network is never worse than the
-untrained one, and the loop never worse than static robust, but three seeds leave both open: at 10 items what the
-planner is told of visited decisions does most of the work. Tightening saves 28 to 76 percent of the binaries.
+Found over eight seeds (three, run first, left three statements open): near-optimality and argmax against max hold, and
+so does the learning: mean errors of 0 to 1.8 percent trained, 0 to 3.6 untrained, never worse. Against static robust,
+where it errs, nothing is settled: better on six seeds, worse on one (3.5 against 1.1 percent). Tightening saves 28 to
+83 percent of the binaries.
 
 Gates check what must hold for any network: the program's optimum is the enumeration's, bounds lie below values.
 """
