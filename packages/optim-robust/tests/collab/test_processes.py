@@ -26,7 +26,7 @@ from optim_robust.collab.node import NodeProgram, Shards
 from optim_robust.collab.processes import WIRES, Liar, PeerRun, lie, serve, train_peer
 from optim_robust.collab.recipe import Recipe
 from optim_robust.collab.shards import even_shards
-from optim_robust.collab.simulate import Network, accuracy, simulate
+from optim_robust.collab.simulate import Network, Run, accuracy, simulate
 from optim_robust.collab.team import Team
 from optim_robust.collab.transport import StoreTransport
 
@@ -102,16 +102,20 @@ def _jobs(team: Team, faulty: object = None) -> dict[int, object]:
     return jobs
 
 
+def _simulated(team: Team, attack: str | None) -> Run:
+    forge = None if attack is None else ATTACKS[attack]()
+    return simulate(
+        team.program, team.shards, team.mixing, steps=STEPS, batch_size=16, network=team.network, attack=forge
+    )
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("attack", [None, *sorted(set(ATTACKS) - {"label-flip", "equivocate", "silent"})])
 def test_peers_of_their_own_are_the_simulation(attack: str | None) -> None:
     team = _team(5, 0 if attack is None else 1)
     done = _Threads(team, 20.0).run(_jobs(team, None if attack is None else Liar(attack)))
     assert not done.failed
-    forge = None if attack is None else ATTACKS[attack]()
-    run = simulate(
-        team.program, team.shards, team.mixing, steps=STEPS, batch_size=16, network=team.network, attack=forge
-    )
+    run = _simulated(team, attack)
     assert (done.theta() - run.peers.theta).abs().max() < 1e-6
     losses = torch.tensor([done.done[rank].loss for rank in range(5)]).mean(0)
     assert torch.allclose(losses, torch.tensor(run.loss), atol=1e-5)
@@ -122,10 +126,7 @@ def test_on_a_graph_peers_of_their_own_are_the_simulation(attack: str) -> None:
     team = _team(6, 1, graph=ring(7, 2))
     done = _Threads(team, 20.0).run(_jobs(team, Liar(attack)))
     assert not done.failed
-    run = simulate(
-        team.program, team.shards, team.mixing, steps=STEPS, batch_size=16, network=team.network,
-        attack=ATTACKS[attack](),
-    )  # fmt: skip
+    run = _simulated(team, attack)
     assert (done.theta() - run.peers.theta).abs().max() < 1e-6
     everyone = simulate(team.program, team.shards, team.mixing, steps=STEPS, batch_size=16, network=Network(6, 1),
                         attack=ATTACKS[attack]())  # fmt: skip
@@ -143,10 +144,7 @@ def test_on_a_graph_a_mute_peer_is_missed_by_its_neighbours_only() -> None:
 def test_equivocation_reaches_each_as_meant() -> None:
     team = _team(5, 1)
     done = _Threads(team).run(_jobs(team, Liar("equivocate")))
-    run = simulate(
-        team.program, team.shards, team.mixing, steps=STEPS, batch_size=16, network=team.network,
-        attack=ATTACKS["equivocate"](),
-    )  # fmt: skip
+    run = _simulated(team, "equivocate")
     assert (done.theta() - run.peers.theta).abs().max() < 1e-6
 
 
@@ -203,10 +201,7 @@ def test_with_a_server_all_have_its_model_as_in_the_simulation(attack: str) -> N
     team = _team(5, 1, mixing=Aggregation(trimmed_mean, 1), topology="server")
     done = _Threads(team).run(_jobs(team, Liar(attack)))
     assert not done.failed
-    run = simulate(
-        team.program, team.shards, team.mixing, steps=STEPS, batch_size=16, network=team.network,
-        attack=ATTACKS[attack](),
-    )  # fmt: skip
+    run = _simulated(team, attack)
     assert (done.theta() - run.peers.theta).abs().max() < 1e-6
     assert float((done.theta() - done.theta()[0]).abs().max()) == 0.0
 

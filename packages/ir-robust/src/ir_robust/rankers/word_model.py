@@ -120,11 +120,11 @@ class FeatureModel(WordModel):
 
     def features(self, query: str, words: Tensor) -> Tensor:
         """Return (B, ...) features of (B, M) documents."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} states no features()")
 
     def read(self, features: Tensor) -> Tensor:
         """Return (B,) scores of (B, ...) features."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} states no read()")
 
     def forward(
         self, query: Tensor | None = None, words: Tensor | None = None, features: Tensor | None = None
