@@ -190,6 +190,9 @@ def test_tracking_by_hand(tmp_path):
     [
         ("label_02/0000.txt", "0 7 Car 0 0\n", r"label_02/0000\.txt:1: 5 fields; 17 are needed"),
         ("label_02/0000.txt", f"0.5 7 {LABELS[0]}\n", r"label_02/0000\.txt:1: frame 0.5"),
+        ("label_02/0000.txt", f"1 7 {LABELS[0]}\n2 7 {LABELS[0]}\n", r"label_02/0000\.txt:2: frame 2; .* sweep is 1"),
+        ("label_02/0000.txt", f"0 7 {LABELS[0]}\n\n0 7 {LABELS[1]}\n", r"0000\.txt:3: track 7 .* frame 0 .* line 1"),
+        ("label_02/0000.txt", f"0 -1 {LABELS[4]}\n1 -1 {LABELS[0]}\n", r"label_02/0000\.txt:2: Car has track -1"),
         ("oxts/0000.txt", "1 2 3\n", r"oxts/0000\.txt:1: 3 values"),
         ("oxts/0000.txt", "", r"oxts/0000\.txt:1: the file is empty"),
         ("oxts/0000.txt", "49 8.4 110 0 0 0.5\n", r"oxts/0000\.txt:1: it ends before frame 1"),
@@ -201,6 +204,20 @@ def test_broken_tracking_files(tmp_path, file, text, message):
     (tmp_path / "training" / file).write_text(text)
     with pytest.raises(MalformedFileError, match=message):
         list(KittiTracking(tmp_path)[0])
+
+
+def test_frames_that_the_sensor_skipped(tmp_path):
+    """As 177 to 180 of KITTI's sequence 0001: annotated, without a sweep. DontCare regions all have the track -1."""
+    folder = tracking_folder(tmp_path) / "training"
+    (folder / "velodyne" / "0000" / "000001.bin").rename(folder / "velodyne" / "0000" / "000002.bin")
+    dont_care = f"1 -1 {LABELS[4]}\n"
+    text = f"0 7 {LABELS[0]}\n1 7 {LABELS[0]}\n{2 * dont_care}2 8 {LABELS[0]}\n2 7 {LABELS[0]}\n"
+    (folder / "label_02" / "0000.txt").write_text(text)
+    frames = KittiTracking(tmp_path, ego_motion=False)[0]
+    assert [(f.token, f.track_ids.tolist()) for f in frames] == [("0000/000000", [7]), ("0000/000002", [8, 7])]
+    (folder / "velodyne" / "0000" / "000002.bin").rename(folder / "velodyne" / "0000" / "last.bin")
+    with pytest.raises(MalformedFileError, match=r"last\.bin: the name of a sweep"):
+        KittiTracking(tmp_path)[0]
 
 
 def test_without_ego_motion(tmp_path):
@@ -255,6 +272,9 @@ def test_what_is_written_is_read_again(tmp_path):
         write_kitti(tmp_path / "x", [("0", [Frame(frames[0].points, frames[0].boxes, frames[0].labels)])])
     with pytest.raises(ValueError, match="layout"):
         write_kitti(tmp_path / "x", [], layout="waymo")
+    untracked = Frame(frames[0].points, frames[0].boxes, frames[0].labels, classes=("Car", "Pedestrian", "Cyclist"))
+    with pytest.raises(ValueError, match="track_ids of -1"):
+        write_kitti(tmp_path / "x", [("0", [untracked])], layout="tracking")
 
 
 def test_rotations_of_the_inertial_unit(tmp_path):

@@ -118,6 +118,10 @@ BOXES = "annotations.feather"
         (BOXES, changed(annotation_columns(), "length_m", [4.5, -1.0, 4.5]), "row 1 has a negative size"),
         (BOXES, changed(annotation_columns(), "tx_m", [1.0, None, 2.0]), "row 1, column 'tx_m' has no"),
         (BOXES, changed(annotation_columns(), "qw", None), "column 'qw' is missing"),
+        (BOXES, changed(annotation_columns(), "timestamp_ns", np.array([TIMES[0], TIMES[0], TIMES[1] + 1])),
+         rf"annotations\.feather: row 2, timestamp_ns {TIMES[1] + 1} is no time of this log"),
+        (BOXES, changed(annotation_columns(), "track_uuid", ["b-car", "b-car", "a-dog"]),
+         rf"annotations\.feather: row 1, track_uuid b-car stands at {TIMES[0]} twice, first in row 0"),
         ("city_SE3_egovehicle.feather", changed(pose_columns(), "timestamp_ns", np.array([1, 2])), "no pose at"),
     ],
 )  # fmt: skip
@@ -126,6 +130,13 @@ def test_broken_tables_are_refused(tmp_path, file, columns, message):
     write(log / file, columns)
     with pytest.raises(MalformedFileError, match=message):
         Argoverse2(tmp_path)[0][0]
+
+
+def test_excerpts_keep_the_whole_table_of_annotations(tmp_path):
+    log = log_folder(tmp_path)
+    (log / "sensors" / "lidar" / f"{TIMES[1]}.feather").unlink()
+    (frame,) = Argoverse2(tmp_path)[0]
+    assert len(frame.boxes) == 2
 
 
 def test_truncated_and_missing_tables(tmp_path):

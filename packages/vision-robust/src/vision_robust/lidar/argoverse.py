@@ -122,6 +122,16 @@ class Argoverse2Log:
         bad = np.flatnonzero((size < 0).any(1))
         if len(bad):
             raise MalformedFileError(f"{path}: row {bad[0]} has a negative size")
+        seen: dict[tuple[int, str], int] = {}
+        for row, (time, uuid) in enumerate(zip(table["timestamp_ns"].tolist(), table["track_uuid"], strict=True)):
+            if time not in self._poses:
+                raise MalformedFileError(
+                    f"{path}: row {row}, timestamp_ns {time} is no time of this log, as its poses tell"
+                )
+            if (before := seen.setdefault((time, uuid), row)) != row:
+                raise MalformedFileError(
+                    f"{path}: row {row}, track_uuid {uuid} stands at {time} twice, first in row {before}"
+                )
         tracks = {uuid: i for i, uuid in enumerate(sorted(set(table["track_uuid"].tolist())))}
         known = {name: i for i, name in enumerate(self.classes)}
         return {
@@ -165,7 +175,10 @@ class Argoverse2Log:
 
 
 class Argoverse2:
-    """A split of the sensor data set: a list of logs.
+    """A split of the sensor data set: a list of logs, each a list of frames, one for each sweep.
+
+    Excerpts of a log keep its whole table of annotations beside a few sweeps; boxes at other times of the log are left
+    out. A box at a time that the log's poses do not know is refused, and so is a track that stands at one time twice.
 
     Args:
         root: the folder that holds ``train``, ``val`` and ``test``, or one with logs in it.

@@ -115,10 +115,15 @@ class KittiSequence:
         self._files = sorted((folder / "velodyne" / name).glob("*.bin"))
         if not self._files:
             raise DataMissingError(f"{folder / 'velodyne' / name} holds no .bin files; KITTI is {_HOW}")
+        for path in self._files:
+            if not path.stem.isdigit():
+                raise MalformedFileError(f"{path}: the name of a sweep is its number, such as 000000.bin")
+        last = max(int(path.stem) for path in self._files)
         needed = (*CALIBRATION, "Tr_imu_to_velo") if ego_motion else CALIBRATION
         self.calib = read_calibration(folder / "calib" / f"{name}.txt", needed)
         self._labels: dict[int, list[Label]] = {}
-        for label in read_labels(folder / "label_02" / f"{name}.txt", tracking=True) if labelled else []:
+        path = folder / "label_02" / f"{name}.txt"
+        for label in read_labels(path, tracking=True, last=last) if labelled else []:
             self._labels.setdefault(label.frame, []).append(label)
         self._poses = self._ego_motion() if ego_motion else None
 
@@ -140,8 +145,6 @@ class KittiSequence:
 
     def __getitem__(self, i: int) -> Frame:
         path = self._files[i]
-        if not path.stem.isdigit():
-            raise MalformedFileError(f"{path}: the name of a sweep is its number, such as 000000.bin")
         number = int(path.stem)
         if self._poses is not None and number >= len(self._poses):
             raise MalformedFileError(
@@ -157,7 +160,10 @@ class KittiSequence:
 
 
 class KittiTracking:
-    """The tracking benchmark: a list of sequences, each a list of frames.
+    """The tracking benchmark: a list of sequences, each a list of frames, one for each sweep.
+
+    The sensor skipped sweeps (177 to 180 of sequence ``0001``) whose frames are annotated nevertheless; those labels
+    are left out. A label after the last sweep is refused, and so is a track that stands in one frame twice.
 
     Args:
         root: the folder that holds ``training`` and ``testing``.

@@ -120,17 +120,23 @@ def read_calibration(path: Path, needed: tuple[str, ...] = CALIBRATION) -> dict[
     return found
 
 
-def read_labels(path: Path, *, tracking: bool = False) -> list[Label]:
+def read_labels(path: Path, *, tracking: bool = False, last: int | None = None) -> list[Label]:
     """Return the lines of a label file, ``DontCare`` included.
+
+    Args:
+        path: the file.
+        tracking: each line begins with frame and track id.
+        last: number of the last frame that there is; any when None.
 
     Raises:
         DataMissingError: there is no such file.
         MalformedFileError: it is empty (KITTI writes a ``DontCare`` line where nothing is annotated), or a line has
-            another number of fields, a field that is no number, or a negative size.
+            another number of fields, a field that is no number, or a negative size; a frame after the last, no track
+            (-1, except of ``DontCare``), or a track that stood in this frame before.
     """
     lines = read_text(path)
     lead = 2 if tracking else 0
-    labels = []
+    labels, known = [], {}
     for number, line in enumerate(lines, start=1):
         words = line.split()
         if not words:
@@ -140,7 +146,21 @@ def read_labels(path: Path, *, tracking: bool = False) -> list[Label]:
                 f"{path}:{number}: {len(words)} fields; {15 + lead} are needed, {16 + lead} with a score: "
                 f"{' '.join((['frame', 'track_id'] if tracking else []) + _FIELDS[:-1])} [score]"
             )
-        labels.append(_label(path, number, words, lead))
+        label = _label(path, number, words, lead)
+        labels.append(label)
+        if last is not None and label.frame > last:
+            raise MalformedFileError(
+                f"{path}:{number}: frame {label.frame}; the last sweep is {last}: are all unpacked?"
+            )
+        if not tracking or label.kind == "DontCare":
+            continue
+        if label.track_id < 0:
+            raise MalformedFileError(f"{path}:{number}: {label.kind} has track {label.track_id}; 0 or more is needed")
+        before = known.setdefault((label.frame, label.track_id), number)
+        if before != number:
+            raise MalformedFileError(
+                f"{path}:{number}: track {label.track_id} stands in frame {label.frame} twice, first in line {before}"
+            )
     if not labels:
         raise MalformedFileError(f"{path}:1: the file is empty; where nothing is annotated, a DontCare line is needed")
     return labels

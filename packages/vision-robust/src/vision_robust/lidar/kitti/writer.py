@@ -90,7 +90,7 @@ def write_kitti(
         on_step: called with ("frames", done, 0) after each frame.
 
     Raises:
-        ValueError: a frame whose labels have no class names, or an unknown layout.
+        ValueError: a frame whose labels have no class names, or no tracks in the tracking layout; an unknown layout.
     """
     tracking = check_choice("layout", layout, ("object", "tracking")) == "tracking"
     folder, done = Path(root) / "training", 0
@@ -101,6 +101,8 @@ def write_kitti(
         for number, frame in enumerate(frames):
             if len(frame.boxes) and not frame.classes:
                 raise ValueError(f"frame {frame.token!r} has boxes but no classes; KITTI's labels are words")
+            if tracking and len(frame.boxes) and int(frame.track_ids.min()) < 0:
+                raise ValueError(f"frame {frame.token!r} has track_ids of -1; layout='tracking' needs 0 or more")
             labels = labels_of(frame, calib, everything=everything)
             if tracking:
                 (folder / "velodyne" / name).mkdir(exist_ok=True)
