@@ -36,7 +36,7 @@ class P4D(TokenAttack):
         """Return core's search, for ``batch_size`` prompts at a time."""
         return Projected(
             n_steps=self.n_steps, check_every=self.iterations, lr=self.lr, weight_decay=self.weight_decay,
-            decoupled=False, batch_size=batch_size, padding=False,
+            decoupled=False, batch_size=batch_size, padding=False, compare=False,
         )  # fmt: skip
 
     def row_loss(self, scene: Scene) -> RowLoss:

@@ -44,7 +44,7 @@ class UnlearnDiffAtk(TokenAttack):
         """Return core's search, for ``batch_size`` prompts at a time."""
         return Simplex(
             n_steps=self.n_steps, check_every=self.iterations, lr=self.lr, weight_decay=self.weight_decay,
-            batch_size=batch_size, padding=False,
+            batch_size=batch_size, padding=False, compare=False,
         )  # fmt: skip
 
     def row_loss(self, scene: Scene) -> RowLoss:

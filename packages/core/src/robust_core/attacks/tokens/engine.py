@@ -55,6 +55,11 @@ class TokenSearch:
         if self.max_queries is not None:
             check_count("max_queries", self.max_queries)
 
+    @property
+    def compares(self) -> bool:
+        """Whether the losses of texts are asked for, so that the best of those that failed is known."""
+        return True
+
     def search(self, run: SearchRun) -> None:
         """Propose texts to ``run`` until nothing is left to do; it keeps what is best. Here: none but the originals."""
         del run
@@ -200,7 +205,8 @@ class SearchRun:
     def begin(self) -> None:
         """Ask about the original texts."""
         everyone = torch.arange(len(self), device=self.device)
-        self.query(everyone, self.space.ids)
+        if self.settings.compares:
+            self.query(everyone, self.space.ids)
         self.initial_loss = self.best_loss.clone()
         self.judge(everyone, self.space.ids, self.best_loss)
         self.trace.append(self.best_loss.clone())
@@ -393,7 +399,13 @@ class SearchRun:
 
     def check(self, row: Tensor, ids: Tensor, *, step: int) -> None:
         """Ask about the present texts of a search that moves between texts, and let the judge see them."""
-        losses = self.query(row, ids, step=step)
+        if self.settings.compares:
+            losses = self.query(row, ids, step=step)
+        else:
+            self._require_inside(row, ids)
+            losses = self.best_loss[row]
+            last = losses.isnan()  # of texts without a measured one, the last is kept
+            self.best_ids[row[last]] = ids[last]
         self.judge(row, ids, losses)
 
     def blocks(self, count: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -94,7 +94,7 @@ class TokenAttackResult:
     Attributes:
         ids: (B, T) int64, always inside the space: where the attack succeeded, the best text of the round in which it
             first did; elsewhere the text of lowest loss that was met.
-        loss: (B,) float64 at ``ids``, as measured when it was kept; NaN where no query was allowed.
+        loss: (B,) float64 at ``ids``, as measured when it was kept; NaN where none was.
         initial_loss: (B,) float64 at the original text.
         success: (B,) bool: the goal is met and the judge, where there is one, agrees. False without goal and judge.
         changed: (B, T) bool, where ``ids`` differ from the original.

@@ -19,11 +19,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from robust_core.attacks.tokens.discrete import run_mask
 from robust_core.attacks.tokens.engine import SearchRun
 from robust_core.attacks.tokens.gradient import GradientSearch, chosen_slots, options_of
 from robust_core.attacks.tokens.options import Options
+from robust_core.attacks.tokens.problem import TokenProblem
 from robust_core.attacks.tokens.simplex import project_entropy, project_simplex
 from robust_core.checks import check_choice, check_count, check_number
 
@@ -33,34 +35,29 @@ Rows = dict[str, Tensor]
 
 
 def adam_step(
-    state: Rows, gradient: Tensor, *, lr: float, weight_decay: float = 0.0, decoupled: bool = False
+    state: Rows, gradient: Tensor, step: int, *, lr: float, weight_decay: float = 0.0, decoupled: bool = False
 ) -> Tensor:
-    """Move ``state["x"]`` by Adam (Kingma and Ba 2015, arXiv 1412.6980) and return it; moments live in the state.
+    """Move ``state["x"]`` by Adam (Kingma and Ba 2015, arXiv 1412.6980), in place, and return it.
 
     Args:
-        state: ``x`` (b, ...), and ``mean``, ``square`` like it and ``time`` (b,), updated.
+        state: ``x`` (b, ...) and its moments ``mean`` and ``square``, updated.
         gradient: (b, ...).
+        step: steps taken before.
         lr: step size.
         weight_decay: pull towards 0, added to the gradient, or to the step where ``decoupled`` (AdamW).
         decoupled: see ``weight_decay``.
     """
-    x = state["x"]
-    if weight_decay and not decoupled:
-        gradient = gradient + weight_decay * x
-    state["time"] = state["time"] + 1
-    time = state["time"].to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-    state["mean"] = torch.lerp(state["mean"], gradient, 0.1)
-    state["square"] = (state["square"] * 0.999).addcmul_(gradient, gradient, value=0.001)
-    width = (state["square"] / (1 - 0.999**time)).sqrt_().add_(1e-8)
-    if decoupled:
-        x = x * (1 - lr * weight_decay)
-    return x - (lr / (1 - 0.9**time)) * (state["mean"] / width)
+    x, mean, square = (state[name] for name in ("x", "mean", "square"))
+    adam(
+        [x], [gradient], [mean], [square], [], [torch.tensor(float(step))], decoupled_weight_decay=decoupled,
+        amsgrad=False, beta1=0.9, beta2=0.999, lr=lr, weight_decay=weight_decay, eps=1e-8, maximize=False,
+    )  # fmt: skip
+    return x
 
 
 def adam_state(x: Tensor) -> Rows:
     """Return the state of :func:`adam_step` at the beginning."""
-    time = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    return {"x": x, "mean": torch.zeros_like(x), "square": torch.zeros_like(x), "time": time}
+    return {"x": x.clone(), "mean": torch.zeros_like(x), "square": torch.zeros_like(x)}
 
 
 @dataclass(frozen=True)
@@ -72,18 +69,32 @@ class Relaxed(GradientSearch):
         check_every: steps between two looks at that text, by the loss and the judge; the last step has one too.
         lr: step size of Adam.
         weight_decay: see :func:`adam_step`.
+        compare: ask for the losses of the original and of the texts that are looked at. If not, the judge alone looks
+            (there must be one, and no goal); a text that failed comes back as he last saw it, with a loss of NaN.
     """
 
     check_every: int = 10
     n_steps: int = 200
     lr: float = 0.1
     weight_decay: float = 0.0
+    compare: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("n_steps", self.n_steps)
         check_number("lr", self.lr, low=0, open_low=True)
         check_number("weight_decay", self.weight_decay, low=0)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the losses of texts are asked for."""
+        return self.compare
+
+    def check(self, problem: TokenProblem) -> None:
+        """Raise ValueError where the problem offers no gradients, or nothing to decide by."""
+        super().check(problem)
+        if not self.compare and (problem.judge is None or problem.goal is not None):
+            raise ValueError("compare=False leaves all to the judge: give the problem a judge, and no goal")
 
     @abstractmethod
     def begin(self, run: SearchRun, options: Options) -> Rows:
@@ -197,9 +208,8 @@ class Simplex(Relaxed):
         slope = options.scores(gradient)
         slope = slope if self.clamp is None else slope.clamp_(-self.clamp, self.clamp)
         valid = options.valid
-        state = dict(state)
         if self.optimiser == "adam":
-            x = adam_step(state, slope, lr=self.lr, weight_decay=self.weight_decay)
+            x = adam_step(state, slope, step, lr=self.lr, weight_decay=self.weight_decay)
         else:
             x = state["x"] * (1 - self.lr * self.weight_decay) - self.lr * slope
         x = project_simplex(x, valid)
@@ -250,6 +260,5 @@ class Projected(Relaxed):
         """Apply the gradient at the nearest tokens to the vectors."""
         ids = options.write(run.space.ids[options.row], self.columns(options, state))
         _, gradient = run.gradient(options.row, ids, options.where, step=step)
-        state = dict(state)
-        state["x"] = adam_step(state, gradient, lr=self.lr, weight_decay=self.weight_decay, decoupled=self.decoupled)
+        adam_step(state, gradient, step, lr=self.lr, weight_decay=self.weight_decay, decoupled=self.decoupled)
         return state

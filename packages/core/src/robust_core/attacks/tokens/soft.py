@@ -118,12 +118,11 @@ class SoftTokens:
             if step == self.n_steps or not len(stay):
                 break
             going, state = going[stay], {name: value[stay] for name, value in state.items()}
-            state = self._moved(state, gradient[stay], start[going])
+            state = self._moved(state, gradient[stay], start[going], step)
         trace += trace[-1:] * (self.n_steps + 1 - len(trace))
         return best, loss, loss <= run.goal, run.n_gradients, torch.stack(trace, 1)
 
-    def _moved(self, state: Rows, gradient: Tensor, start: Tensor) -> Rows:
-        state = dict(state)
-        x = state["x"] - self.lr * gradient.sign() if self.fast else adam_step(state, gradient, lr=self.lr)
+    def _moved(self, state: Rows, gradient: Tensor, start: Tensor, step: int) -> Rows:
+        x = state["x"] - self.lr * gradient.sign() if self.fast else adam_step(state, gradient, step, lr=self.lr)
         state["x"] = x if self.eps is None else torch.clamp(x, start - self.eps, start + self.eps)
         return state
