@@ -8,8 +8,9 @@
 published files of 20 and 30 items (the CSV file of their best known values lies in the same folder): the loop with both
 networks and static robust, each within the limit; errors are relative to the best known value. "binaries" are those of
 the network in the planner's program for the last scenarios, by how bounds were tightened. ``capital`` measures
-k-adaptability and the loop with both networks on capital budgeting: the value of each at the end, and when each first
-was as good as the best that k-adaptability reached within the limit. A JSON file that is there already is gone on with.
+k-adaptability and the loop with both networks on capital budgeting: what each guarantees at the end, and when it first
+guaranteed as much as the best that k-adaptability reached within the limit. A JSON file that is there already is gone
+on with.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from optim_robust.two_stage.static import StaticRobust
 from robust_core.claim import versions
 
 WIDTHS: dict[str, Any] = {"embed": (32, 16), "post": (16, 8), "value": (8,)}
-SIZES = {"knapsack": (10, 15, 20, 25, 30), "capital": (10, 20)}
+SIZES = {"knapsack": (10, 15, 20, 25, 30), "capital": (10, 20, 30, 40, 50)}
 
 
 def learn(out: Path, family: str, seed: int) -> None:
@@ -58,7 +59,7 @@ def learn(out: Path, family: str, seed: int) -> None:
 
 
 def _row(answer: TwoStageSolution, best: float) -> dict[str, Any]:
-    error = 100.0 * (answer.worst_case - best) / abs(best) if math.isfinite(answer.worst_case) else None
+    error = 100.0 * (answer.upper - best) / abs(best) if math.isfinite(answer.upper) else None
     gap = answer.gap if math.isfinite(answer.gap) else None
     return {
         "relative error %": error, "certified gap": gap, "status": str(answer.status), "seconds": answer.seconds,
@@ -116,7 +117,7 @@ def capital(options: argparse.Namespace, known: dict[str, Any]) -> None:
             for method, network in networks.items():
                 solver = Neur2RO(network, adversary=options.adversary, time_limit=options.limit)
                 answers[method] = solver.solve(problem)
-            best = min(answer.worst_case for answer in answers.values())
+            best = min(answer.upper for answer in answers.values())
             rows = {method: _row(answer, best) for method, answer in answers.items()}
             rows["seconds to equal quality"] = _equal_quality(rows)
             known[name] = rows

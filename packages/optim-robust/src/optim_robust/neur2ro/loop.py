@@ -39,16 +39,23 @@ class _Run:
 
     def __init__(self, problem: TwoStageProblem, clock: Deadline, on_step: Callable[[Step], object] | None) -> None:
         self.problem, self.clock, self.on_step = problem, clock, on_step
-        self.bound = -math.inf
+        self.bound, self.longest = -math.inf, 0.0
         self.seen: dict[bytes, WorstCase] = {}
         self.candidates: list[tuple[Array, WorstCase]] = []
         self.history: list[Step] = []
 
-    def evaluate(self, x: Array, seconds: float) -> WorstCase:
+    @property
+    def for_planning(self) -> float:
+        """Seconds left, less what the longest evaluation so far has taken."""
+        return max(0.05, self.clock.left - 1.5 * self.longest)
+
+    def evaluate(self, x: Array) -> WorstCase:
         """Return the true worst case of ``x``, computed once."""
         key = np.round(x, 9).tobytes()
         if key not in self.seen:
-            self.seen[key] = self.problem.evaluate(x, time_limit=max(0.05, seconds))
+            share = max(0.3 * self.clock.left, min(self.clock.left, 1.5 * self.longest))
+            self.seen[key] = self.problem.evaluate(x, time_limit=max(0.05, share))
+            self.longest = max(self.longest, self.seen[key].seconds)
             self.candidates.append((x, self.seen[key]))
         return self.seen[key]
 
@@ -57,17 +64,17 @@ class _Run:
         return np.round(x, 9).tobytes() in self.seen
 
     def best(self, incumbent: str) -> tuple[Array, WorstCase] | None:
-        """Return the candidate to report, or None; one whose worst case is proven comes before one that looks good."""
+        """Return the candidate to report, or None: the one that guarantees most."""
         if not self.candidates:
             return None
         if incumbent == "last":
             return self.candidates[-1]
-        return min(self.candidates, key=lambda c: (not c[1].certified, c[1].value))
+        return min(self.candidates, key=lambda c: (c[1].upper, c[1].value))
 
     def record(self) -> None:
         """Add a step to the history."""
         found = self.best("best")
-        step = Step(self.clock.elapsed, self.bound, math.inf if found is None else found[1].value)
+        step = Step(self.clock.elapsed, self.bound, math.inf if found is None else found[1].upper)
         self.history.append(step)
         if self.on_step is not None:
             self.on_step(step)
@@ -185,7 +192,7 @@ class Neur2RO:
         """Run the loop; return why it ended."""
         clock, patience = run.clock, SHARE * run.clock.limit
         while len(main.scenarios) <= self.max_scenarios:
-            answer, x = main.solve(clock.at_most(max(0.05, patience)))
+            answer, x = main.solve(clock.at_most(min(patience, run.for_planning)))
             if self.mode == "argmax" or not main.scenarios:
                 run.bound = max(run.bound, answer.bound if math.isfinite(answer.bound) else -math.inf)
             if answer.status in (Status.INFEASIBLE, Status.UNBOUNDED, Status.ERROR):
@@ -193,7 +200,7 @@ class Neur2RO:
             if x is None:
                 return Status.TIME_LIMIT
             again = run.knows(x)
-            worst = run.evaluate(x, 0.3 * clock.left)
+            worst = run.evaluate(x)
             run.record()
             if clock.passed:
                 return Status.TIME_LIMIT

@@ -254,7 +254,7 @@ class MainProblem:
     def _rows(self, program: Program, x: NDArray[np.int32], y: NDArray[np.int32], chosen: NDArray[np.int32]) -> None:
         """Add the rows of the second stage: once where they are certain, else for the chosen scenario alone."""
         problem = self.instance.problem
-        certain = ~_uncertain_rows(problem)
+        certain = ~problem.uncertain_rows
         base = problem.uncertainty.nominal
         sure = np.flatnonzero(certain)
         program.add_rows([(problem.T.at(base)[sure], x), (problem.W.at(base)[sure], y)], upper=problem.h.at(base)[sure])
@@ -273,7 +273,7 @@ class MainProblem:
             x = program.add_variables(problem.x.lower, problem.x.upper)
             y = program.add_variables(problem.y.lower, problem.y.upper)
             program.add_rows([(problem.A, x)], upper=problem.b)
-            sure, base = np.flatnonzero(~_uncertain_rows(problem)), problem.uncertainty.nominal
+            sure, base = np.flatnonzero(~problem.uncertain_rows), problem.uncertainty.nominal
             rows = [(problem.T.at(base)[sure], x), (problem.W.at(base)[sure], y)]
             program.add_rows(rows, upper=problem.h.at(base)[sure])
             self._relaxed = program
@@ -304,17 +304,6 @@ class MainProblem:
         program.set_bounds(x, self.instance.problem.x.lower, self.instance.problem.x.upper)
         if best is not None:
             program.start_from(best.point)  # pyright: ignore[reportArgumentType]
-
-
-def _uncertain_rows(problem: TwoStageProblem) -> NDArray[np.bool_]:
-    """Return (m,) which rows of the second stage depend on xi."""
-    found = np.zeros(len(problem.h.constant), dtype=bool)
-    if not problem.h.is_constant:
-        found |= np.diff(problem.h.slopes.indptr) > 0
-    for matrix in (problem.T, problem.W):
-        for slope in matrix.slopes.values():
-            found |= np.diff(slope.indptr) > 0
-    return found
 
 
 def _ceiling(matrix: sparse.csr_matrix, low: Array, high: Array) -> Array:

@@ -6,7 +6,9 @@ Two programs from which everything else is built:
   answer to a xi. A branch and bound whose nodes are linear programs: an answer y either bounds the cost
   (``theta <= cost_y(xi)``, for one of its costs where the greatest of several counts) or is broken in one of its rows,
   so the node where y is the answer splits into those cases, and no big-M is needed. Answers of one case are cuts for
-  all nodes; where only costs are uncertain this is a plain cutting-plane method.
+  all nodes; where only costs are uncertain this is a plain cutting-plane method. To prove that a point is no worse than
+  the worst one met, any plan that is good enough there will do: one that was met before, or one that keeps far from
+  the rows that xi moves and so serves a wide part of the set, where the best plan breaks at once.
 - :func:`static_program`: ``min_{x, y} max_xi cost`` with one plan y that is feasible for every xi, by linear duality
   over the polyhedron, row by row (Ben-Tal and Nemirovski).
 """
@@ -24,16 +26,19 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from optim_robust.solver import Deadline, Program, Status
+from optim_robust.solver import Deadline, Program, SmallMaximum, Status
 from optim_robust.two_stage.problem import TwoStageProblem
 from optim_robust.uncertainty import Discrete
 
 __all__ = ["ROW_TOLERANCE", "Oracle", "Worst", "cost_ceiling", "static_program", "worst_of_plans"]
 
 Array = NDArray[np.float64]
-Oracle = Callable[[Array], tuple[float, Array | None, Status]]
-Forms = Callable[[Array, Array], tuple[list[tuple[float, Array]], tuple[Array, Array]]]
+Cut = tuple[Array, float]  # row @ (xi, theta) <= number
+Oracle = Callable[[Array, float], tuple[float, Array | None, Status]]
+Described = tuple[list[tuple[float, Array]], tuple[Array, Array]]  # costs and rows, each a constant and slopes
+Forms = Callable[[Array, Array], Described]
 ROW_TOLERANCE = 1e-4  # a plan counts as broken at xi when a row is exceeded by this times 1 + |h|
+POOL_NUMBERS = 4_000_000  # in the tables of a pool, at most about
 
 
 def _interval(constant: Array | float, slopes: Array, problem: TwoStageProblem) -> tuple[Array, Array]:
@@ -64,48 +69,199 @@ class Worst:
     n_asked: int
 
 
+class _Plan:
+    """One plan of x as affine functions of xi: its costs, of which the greatest counts, and its uncertain rows.
+
+    Rows are by how much they are exceeded, relative to 1 + |h|.
+    """
+
+    def __init__(self, problem: TwoStageProblem, described: Described) -> None:
+        costs, (row0, row1) = described
+        self.costs: list[tuple[float, Array]] = []
+        for cost in costs:  # one that is nowhere the greater is no case
+            if not any(_never_above(cost, other, problem) for other in self.costs):
+                self.costs = [other for other in self.costs if not _never_above(other, cost, problem)] + [cost]
+        scale = (1 + np.abs(problem.h.constant))[problem.uncertain_rows]
+        self.row0, self.row1 = row0[problem.uncertain_rows] / scale, row1[problem.uncertain_rows] / scale[:, None]
+        breakable = _interval(self.row0, self.row1, problem)[1] >= ROW_TOLERANCE
+        self.breakable: list[int] = np.flatnonzero(breakable).tolist()
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it serves every xi at one cost."""
+        return not self.breakable and len(self.costs) == 1
+
+    @property
+    def cuts(self) -> list[Cut]:
+        """``theta <= cost``, for each cost."""
+        return [(np.append(-slopes, 1.0), constant) for constant, slopes in self.costs]
+
+    def row(self, r: int, *, broken: bool) -> Cut:
+        """Row r is broken, or is not."""
+        sign = -1.0 if broken else 1.0
+        return np.append(sign * self.row1[r], 0.0), sign * (ROW_TOLERANCE - self.row0[r])
+
+    @property
+    def cases(self) -> list[list[Cut]]:
+        """Where the plan serves, one of its costs bounds theta; elsewhere one of its rows is the first to be broken."""
+        kept = [self.row(r, broken=False) for r in self.breakable]
+        served = [[*kept, cut] for cut in self.cuts]
+        return served + [[*kept[:i], self.row(r, broken=True)] for i, r in enumerate(self.breakable)]
+
+
+class _Pool:
+    """Plans met so far, the latest of them, as tables: which of them serves a point well enough?"""
+
+    def __init__(self, n_rows: int, dim: int) -> None:
+        self.most = max(16, POOL_NUMBERS // max(1, n_rows * dim))
+        self.plans: list[_Plan] = []
+        self.tables: tuple[Array, ...] = ()
+
+    def add(self, plan: _Plan) -> None:
+        self.plans = [*self.plans[1 - self.most :], plan]
+        costs = plan.costs if len(plan.costs) == 2 else plan.costs[:1] * 2  # no problem here has more than two
+        new = (np.array([c for c, _ in costs]), np.array([s for _, s in costs]), plan.row0, plan.row1)
+        old = self.tables or tuple(np.empty((0, *t.shape)) for t in new)
+        self.tables = tuple(np.concatenate([o[1 - self.most :], n[None]]) for o, n in zip(old, new, strict=True))
+
+    def serving(self, xi: Array, most: float) -> _Plan | None:
+        """Return the plan of cost at most ``most`` at ``xi`` that is farthest from its rows, if it holds there."""
+        if not self.plans:
+            return None
+        cost0, cost1, row0, row1 = self.tables
+        cost, excess = (cost0 + cost1 @ xi).max(1), (row0 + row1 @ xi).max(1)
+        excess[cost > most] = math.inf
+        best = int(excess.argmin())
+        return self.plans[best] if excess[best] <= 0.0 else None
+
+
 class _Nodes:
     """The open nodes of the adversary's tree: rows over (xi, theta), best bound first."""
 
     def __init__(self, problem: TwoStageProblem, ceiling: float) -> None:
-        box = problem.uncertainty
-        self.low, self.up = np.append(box.lower, -math.inf), np.append(box.upper, ceiling)
+        box, above = problem.uncertainty, ceiling + 1.0 + 0.01 * abs(ceiling)
+        self.ceiling = ceiling
+        self.low, self.up = np.append(box.lower, -math.inf), np.append(box.upper, above)
         matrix, bound = box.constraints()
-        self.common = [np.append(row, 0.0) for row in matrix.toarray()]
-        self.common_rhs = bound.tolist()
-        self.tie, self.closed = itertools.count(), -math.inf
-        self.open: list[tuple[float, int, list[Array], list[float]]] = [(-ceiling, next(self.tie), [], [])]
+        rows = np.pad(matrix.toarray(), ((0, 0), (0, 1)))
+        self.common: list[Cut] = list(zip(rows, bound.tolist(), strict=True))
+        self.tie, self.closed, self.program = itertools.count(), -math.inf, SmallMaximum()
+        self.open: list[tuple[float, int, list[Cut]]] = []
+        self.push(math.inf, [])
 
-    def push(self, bound: float, rows: list[Array], rhs: list[float]) -> None:
-        heapq.heappush(self.open, (-bound, next(self.tie), rows, rhs))
+    @property
+    def bound(self) -> float:
+        """What is proven: no open or closed node exceeds it."""
+        return max([self.closed, *(-item[0] for item in self.open[:1])])
 
-    def solve(
-        self, rows: list[Array], rhs: list[float], floor: float, deadline: Deadline
-    ) -> tuple[Array | None, float, Status]:
-        """Maximise theta >= floor over a node; (None, -inf, INFEASIBLE) where nothing reaches the floor."""
-        program, low = Program(), self.low.copy()
-        low[-1] = floor
-        columns = program.add_variables(low, self.up, cost=np.append(np.zeros(len(low) - 1), -1.0))
-        if rows or self.common:
-            program.add_rows([(np.array(self.common + rows), columns)], upper=np.array(self.common_rhs + rhs))
-        answer = program.solve(deadline)
-        if answer.point is None:
-            return None, math.inf if answer.status == Status.UNBOUNDED else -math.inf, answer.status
-        return np.clip(answer.point[:-1], self.low[:-1], self.up[:-1]), -answer.value, answer.status
+    def push(self, bound: float, rows: list[Cut]) -> None:
+        heapq.heappush(self.open, (-bound, next(self.tie), rows))
 
-    def deepest(self, rows: list[Array], rhs: list[float], deadline: Deadline) -> Array | None:
-        """Return the point of a node where its broken rows are exceeded most: a telling witness, not a marginal one."""
-        matrix = np.array(self.common + rows)
-        depth = np.array([float(i >= len(self.common) and row[-1] == 0) for i, row in enumerate(matrix)])
+    def pop(self) -> tuple[float, list[Cut]]:
+        key, _, rows = heapq.heappop(self.open)
+        return -key, rows
+
+    def split(self, bound: float, rows: list[Cut], plan: _Plan) -> None:
+        """Replace a node by the cases of a plan; a plan of one case is a cut for all."""
+        if plan.everywhere:
+            self.common += plan.cuts
+        for case in [[]] if plan.everywhere else plan.cases:
+            self.push(bound, rows + case)
+
+    def table(self, rows: list[Cut]) -> tuple[Array, Array]:
+        held = self.common + rows
+        matrix = np.array([a for a, _ in held]).reshape(len(held), len(self.low))
+        return matrix, np.array([b for _, b in held])
+
+    def solve(self, rows: list[Cut], floor: float, deadline: Deadline) -> tuple[Array | None, float, Status]:
+        """Maximise theta >= floor over a node; (None, -inf, INFEASIBLE) where nothing reaches the floor.
+
+        Above the ceiling no plan bounds theta: there may be no recourse, and nothing is proven.
+        """
+        low = np.append(self.low[:-1], floor)
+        status, point, bound = self.program.solve(*self.table(rows), low, self.up, deadline)
+        return None if point is None else point[:-1], math.inf if bound > self.ceiling + 0.5 else bound, status
+
+    def deepest(self, rows: list[Cut], deadline: Deadline) -> Array | None:
+        """Return the point of a node farthest inside its rows over xi: a telling witness, not a marginal one."""
+        (matrix, rest), n = self.table(rows), len(self.low)
+        depth = ((matrix[:, -1] == 0) & (np.arange(len(matrix)) >= len(self.common))).astype(float)
         if not depth.any():
             return None
         program = Program()
         columns = program.add_variables(self.low, self.up)
         tau = program.add_variables(np.zeros(1), 1e6, cost=-1.0)
-        rest = np.array(self.common_rhs + rhs)
         program.add_rows([(matrix, columns), (depth[:, None], tau)], upper=rest)
         answer = program.solve(deadline)
-        return None if answer.point is None else np.clip(answer.point[: len(self.low) - 1], self.low[:-1], self.up[:-1])
+        return None if answer.point is None else np.clip(answer.point[: n - 1], self.low[:-1], self.up[:-1])
+
+
+class _Search:
+    """One search: what was asked, the worst point met, the open nodes."""
+
+    def __init__(
+        self, problem: TwoStageProblem, x: Array, oracle: Oracle, ceiling: float, tol: float, forms: Forms | None
+    ) -> None:
+        self.problem, self.x, self.oracle, self.forms, self.tol = problem, x, oracle, forms, tol
+        self.nodes = _Nodes(problem, ceiling)
+        self.pool = _Pool(int(problem.uncertain_rows.sum()), problem.dim)
+        self.value, self.worst, self.asked = -math.inf, None, 0
+
+    @property
+    def slack(self) -> float:
+        return self.tol * max(1.0, abs(self.value)) if math.isfinite(self.value) else 0.0
+
+    def ask(self, xi: Array, enough: float) -> tuple[float, _Plan | None, Status]:
+        """Return cost and plan at ``xi``; without a plan, infinity where there is none."""
+        cost, y, status = self.oracle(xi, enough)
+        self.asked += 1
+        if cost > self.value and (y is not None or cost == math.inf):
+            self.value, self.worst = cost, xi
+        if y is None:
+            return cost, None, status
+        costs = [self.problem.cost_form(self.x, y)], self.problem.row_form(self.x, y)
+        plan = _Plan(self.problem, costs if self.forms is None else self.forms(self.x, y))
+        if self.problem.uncertain_rows.any():
+            self.pool.add(plan)
+        return cost, plan, status
+
+    def probe(self, xi: Array) -> Status:
+        """Ask for the best plan at a point; one of a single case is a cut for all nodes."""
+        _, plan, status = self.ask(xi, -math.inf)
+        if plan is not None and plan.everywhere:
+            self.nodes.common += plan.cuts
+        return Status.OPTIMAL if plan is not None else status
+
+    def step(self, deadline: Deadline) -> Status:
+        """Take the node of the greatest bound; return OPTIMAL unless the search must stop, and leave it open then."""
+        nodes = self.nodes
+        key, rows = nodes.pop()
+        xi, bound, status = nodes.solve(rows, self.value - self.slack, deadline)
+        bound = min(bound, key)
+        if xi is None and status != Status.INFEASIBLE:
+            nodes.push(key, rows)
+            return status
+        if xi is None or bound <= self.value + self.slack:
+            nodes.closed = max(nodes.closed, bound)
+            return Status.OPTIMAL
+        plan = self.pool.serving(xi, self.value + self.slack / 4)
+        if plan is None:
+            cost, plan, status = self.ask(xi, self.value)  # no more than that: it would say nothing about the best
+            if plan is None:
+                if cost == math.inf:
+                    deep = nodes.deepest(rows, deadline)
+                    self.worst = deep if deep is not None and self.oracle(deep, -math.inf)[0] == math.inf else xi
+                nodes.push(bound, rows)
+                return status
+            if cost >= bound - self.slack / 2:
+                nodes.closed = max(nodes.closed, bound)
+                return Status.OPTIMAL
+        nodes.split(bound, rows, plan)
+        return Status.OPTIMAL
+
+    def result(self, status: Status) -> Worst:
+        upper = max(self.value, self.nodes.bound)
+        return Worst(self.value, upper, self.worst, status, self.asked)
 
 
 def worst_of_plans(
@@ -121,103 +277,35 @@ def worst_of_plans(
 ) -> Worst:
     """Return ``max_xi`` of the oracle's cost, which must be the least among finitely many plans feasible at xi.
 
+    Past the deadline the interval proven so far is returned, whenever it comes.
+
     Args:
         problem: whose uncertainty set is a polyhedron.
         x: first stage.
-        oracle: xi -> (total cost, plan, status): the best plan that exceeds no row by ``ROW_TOLERANCE`` / 2; the plan
-            is None, and the cost infinite, where there is none.
+        oracle: (xi, enough) -> (total cost, plan, status): the best plan that exceeds no row by ``ROW_TOLERANCE`` / 2,
+            or any such plan that costs at most ``enough``, if it can one that stays far from its rows; the plan is None
+            where there is none (the cost is then infinite) or none was found in time.
         ceiling: bound on the cost of every plan at every xi; infinite is allowed where only costs are uncertain.
         tol: relative gap.
-        deadline: past it the interval proven so far is returned.
+        deadline: see above.
         probes: points at which to ask first.
         forms: (x, plan) -> its costs, affine in xi, of which the greatest counts, and its rows; the plan's own cost and
             rows when None.
     """
-    described = forms if forms is not None else lambda x, y: ([problem.cost_form(x, y)], problem.row_form(x, y))
-    value, worst, asked = -math.inf, None, 0
-    above = ceiling + 1.0 + 0.01 * abs(ceiling)  # where every plan met so far is broken, more must be asked
-    nodes = _Nodes(problem, above)
-    limit = ROW_TOLERANCE * (1 + np.abs(problem.h.constant))
+    search = _Search(problem, x, oracle, ceiling, tol, forms)
     for xi in probes or []:
-        cost, y, status = oracle(xi)
-        asked += 1
-        if y is None:
-            return Worst(cost, max(cost, ceiling), xi, status, asked)
-        _split(problem, described(x, y), nodes, None, limit)
-        if cost > value:
-            value, worst = cost, xi
-    while nodes.open:
-        slack = _slack(value, tol)
-        key, _, rows, rhs = heapq.heappop(nodes.open)
-        if -key <= value + slack or deadline.passed:
-            nodes.push(-key, rows, rhs)
-            break
-        xi, bound, status = nodes.solve(rows, rhs, value - slack, deadline)
-        if xi is None and status != Status.INFEASIBLE:
-            nodes.push(-key, rows, rhs)
-            return Worst(value, -nodes.open[0][0], worst, status, asked)
-        bound = min(bound, -key)
-        if xi is None or bound <= value + slack:
-            nodes.closed = max(nodes.closed, bound)
-            continue
-        cost, y, status = oracle(xi)
-        asked += 1
-        if y is None:
-            if cost != math.inf:
-                return Worst(value, bound, worst, status, asked)
-            deep = nodes.deepest(rows, rhs, deadline)
-            kept = deep if deep is not None and oracle(deep)[0] == math.inf else xi
-            return Worst(cost, cost, kept, Status.INFEASIBLE, asked)
-        if cost > value:
-            value, worst = cost, xi
-        if cost >= bound - slack / 2:
-            nodes.closed = max(nodes.closed, bound)
-            continue
-        _split(problem, described(x, y), nodes, (bound, rows, rhs), limit)
-    upper = max([value, nodes.closed, *(-item[0] for item in nodes.open[:1])])
-    done = upper <= value + _slack(value, tol)
-    return Worst(value, upper, worst, Status.OPTIMAL if done else Status.TIME_LIMIT, asked)
-
-
-def _slack(value: float, tol: float) -> float:
-    return tol * max(1.0, abs(value)) if math.isfinite(value) else 0.0
+        status = search.probe(xi)
+        if status != Status.OPTIMAL:
+            return search.result(status)
+    while search.nodes.bound > search.value + search.slack:
+        status = Status.TIME_LIMIT if deadline.passed else search.step(deadline)
+        if status != Status.OPTIMAL:
+            return search.result(status)
+    return search.result(Status.OPTIMAL)
 
 
 def _never_above(one: tuple[float, Array], other: tuple[float, Array], problem: TwoStageProblem) -> bool:
     return bool(_interval(one[0] - other[0], one[1] - other[1], problem)[1] <= 0)
-
-
-def _split(
-    problem: TwoStageProblem,
-    plan: tuple[list[tuple[float, Array]], tuple[Array, Array]],
-    nodes: _Nodes,
-    node: tuple[float, list[Array], list[float]] | None,
-    limit: Array,
-) -> None:
-    """Replace a node by: one of the plan's costs bounds theta, or one of its rows is broken.
-
-    Without a node, or where there is one case only, it becomes a cut for all.
-    """
-    costs, (row0, row1) = plan
-    breakable = np.flatnonzero(_interval(row0, row1, problem)[1] >= limit)
-    kept: list[tuple[float, Array]] = []
-    for cost in costs:  # one that is nowhere the greater is no case
-        if not any(_never_above(cost, other, problem) for other in kept):
-            kept = [other for other in kept if not _never_above(other, cost, problem)] + [cost]
-    cuts = [(np.append(-slopes, 1.0), constant) for constant, slopes in kept]
-    if len(breakable) == 0 and len(cuts) == 1:
-        nodes.common.append(cuts[0][0])
-        nodes.common_rhs.append(cuts[0][1])
-    if node is None:
-        return
-    bound, rows, rhs = node
-    if len(breakable) == 0 and len(cuts) == 1:
-        nodes.push(bound, rows, rhs)
-        return
-    for cut, constant in cuts:
-        nodes.push(bound, [*rows, cut], [*rhs, constant])
-    for r in breakable:
-        nodes.push(bound, [*rows, np.append(-row1[r], 0.0)], [*rhs, float(row0[r] - limit[r])])
 
 
 def _robust_row(
@@ -281,14 +369,10 @@ def static_program(
     h_slopes = np.zeros((len(problem.row_names), problem.dim))
     if not problem.h.is_constant:
         h_slopes = problem.h.slopes.toarray()
-    uncertain = np.abs(h_slopes).sum(1) > 0
-    for affine in (problem.T, problem.W):
-        for slope in affine.slopes.values():
-            uncertain |= np.diff(slope.indptr) > 0
-    sure = np.flatnonzero(~uncertain)
+    sure = np.flatnonzero(~problem.uncertain_rows)
     rows = [(problem.T.constant[sure], x), (problem.W.constant[sure], y)]
     program.add_rows(rows, upper=problem.h.constant[sure])
-    for r in np.flatnonzero(uncertain).tolist():
+    for r in np.flatnonzero(problem.uncertain_rows).tolist():
         rows = [(problem.T.constant[[r]], x), (problem.W.constant[[r]], y)]
         lean = [(_row_slopes(affine.slopes, r, problem.dim, n), v) for affine, n, v in
                 ((problem.T, x.size, x), (problem.W, y.size, y))]  # fmt: skip

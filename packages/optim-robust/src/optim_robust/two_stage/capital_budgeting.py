@@ -221,18 +221,36 @@ class CapitalBudgeting(TwoStageProblem):
         """Solve the second stage exactly as a knapsack over the projects not yet taken; the late loan extends it."""
         if deadline is not None and deadline.passed:
             return Recourse(math.nan, None, Status.TIME_LIMIT)
+        answer = self._late(x, xi, math.inf)
+        return Recourse(math.inf, None, Status.INFEASIBLE) if answer is None else Recourse(*answer, Status.OPTIMAL)
+
+    def spare_recourse(
+        self, x: Array, xi: Array, most: float, *, deadline: Deadline | None = None
+    ) -> tuple[float, Array] | None:
+        """Return (total cost, y) of the cheapest late projects that bring the total cost down to ``most``, or None.
+
+        With loans there is none: they leave hardly a row that xi breaks.
+        """
+        first = self.first_stage_cost(x, xi)
+        answer = None if self.max_loan else self._late(x, xi, first - most)
+        return None if answer is None or first + answer[0] > most else (first + answer[0], answer[1])
+
+    def _late(self, x: Array, xi: Array, enough: float) -> tuple[float, Array] | None:
+        """Return (cost, y) of the best late projects, or of the cheapest that gain ``enough``; None: x is too dear."""
         n, cost = self.n, self.cost * (1 + self.phi @ xi / 2)
         gain, price = -self.d.at(xi)[:n], self.loan_cost * self.late_factor
         left = self.budget + float(x[n:].sum()) - float(cost @ x[:n])
         if left < -1e-9 * (1 + self.budget):
-            return Recourse(math.inf, None, Status.INFEASIBLE)
+            return None
         left, free = max(0.0, left), np.flatnonzero(x[:n] < 0.5)
-        twice = [np.repeat(np.maximum(v[free], low)[:, None], 2, axis=1) for v, low in ((cost, 0.0), (gain, -np.inf))]
-        value, option = multiple_choice_knapsack(twice[0], twice[1], left, loan=self.max_loan, price=price)
+        weights = np.maximum(cost[free], 0.0)[:, None]
+        value, option = multiple_choice_knapsack(
+            weights, gain[free][:, None], left, loan=self.max_loan, price=price, enough=enough
+        )
         y = np.zeros(self.y.size)
         y[free] = option > 0
         y[n:] = min(self.max_loan, max(0.0, float(cost @ y[:n]) - left))
-        return Recourse(-value, y, Status.OPTIMAL)
+        return -value, y
 
     @property
     def finite_plans(self) -> bool:

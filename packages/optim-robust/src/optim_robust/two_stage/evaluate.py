@@ -94,9 +94,16 @@ def evaluate_pool(problem: TwoStageProblem, x: Array, *, tol: float = 1e-6, dead
     """Return F(x) by the adversary against the planner's best answers (:func:`.adversary.worst_of_plans`)."""
     record = _Record(problem, x, deadline)
     ceiling = math.inf if problem.objective_only else cost_ceiling(problem, x)
+
+    def oracle(xi: Array, enough: float) -> tuple[float, Array | None, Status]:
+        spare = None
+        if problem.uncertain_rows.any() and math.isfinite(enough):
+            spare = problem.spare_recourse(x, xi, enough, deadline=deadline)
+        return record.visit(xi) if spare is None else (*spare, Status.OPTIMAL)
+
     probes = [problem.uncertainty.nominal] if problem.objective_only else _probes(problem)
     worst = worst_of_plans(
-        problem, x, record.visit, ceiling=ceiling, tol=tol, deadline=deadline, probes=probes, forms=problem.plan_forms
+        problem, x, oracle, ceiling=ceiling, tol=tol, deadline=deadline, probes=probes, forms=problem.plan_forms
     )
     if worst.value == math.inf:
         record.xi = worst.xi  # the adversary may know a more telling witness than the first

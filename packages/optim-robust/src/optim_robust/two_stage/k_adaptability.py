@@ -163,7 +163,7 @@ def _worst_of_plans(problem: TwoStageProblem, x: Array, plans: Array, run: Track
         return problem.uncertainty.points[int(np.argmax(costs))], float(np.max(costs))
     tops = [_ceiling(problem, x, y) for y in plans]
 
-    def oracle(xi: Array) -> tuple[float, Array | None, Status]:
+    def oracle(xi: Array, _enough: float) -> tuple[float, Array | None, Status]:
         costs = [_cost(problem, x, y, xi) for y in plans]
         best = int(np.argmin(costs))
         feasible = math.isfinite(costs[best])

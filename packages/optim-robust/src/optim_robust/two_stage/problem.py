@@ -230,6 +230,15 @@ class TwoStageProblem:
         return self.T.is_constant and self.W.is_constant and self.h.is_constant
 
     @cached_property
+    def uncertain_rows(self) -> NDArray[np.bool_]:
+        """(m,) which rows depend on xi."""
+        found = np.zeros(len(self.row_names), dtype=bool)
+        for matrix in ([] if self.h.is_constant else [self.h.slopes], self.T.slopes.values(), self.W.slopes.values()):
+            for slope in matrix:
+                found |= np.diff(slope.indptr) > 0
+        return found
+
+    @cached_property
     def convex_in_xi(self) -> bool:
         """Whether the cost of every x is convex in xi, so that a vertex is worst: continuous y, certain d and W."""
         return not self.y.integer.any() and self.d.is_constant and self.W.is_constant
@@ -310,6 +319,27 @@ class TwoStageProblem:
         if answer.status != Status.OPTIMAL:
             return Recourse(math.nan, None, answer.status)
         return Recourse(answer.value, answer.point, answer.status)
+
+    def spare_recourse(
+        self, x: Array, xi: Array, most: float, *, deadline: Deadline | None = None
+    ) -> tuple[float, Array] | None:
+        """Return (total cost, y) of a plan that costs at most ``most`` at ``xi`` and stays far from uncertain rows.
+
+        Such a plan serves a wide part of the set around ``xi``, where the best one often breaks at once. None: there is
+        none, or none was found in time.
+        """
+        uncertain, program = self.uncertain_rows, Program(mip_gap=0.1)
+        cost, first = self.d.at(xi), self.first_stage_cost(x, xi)
+        y = program.add_variables(self.y.lower, self.y.upper, integer=self.y.integer)
+        room = program.add_variables([0.0], 1.0, cost=-1.0)
+        scale = np.where(uncertain, 1 + np.abs(self.h.constant), 0.0)[:, None]
+        program.add_rows([(self.W.at(xi), y), (scale, room)], upper=self.h.at(xi) - self.T.at(xi) @ x)
+        program.add_rows([(cost[None], y)], upper=most - first)
+        answer = program.solve(deadline)
+        if answer.point is None:
+            return None
+        plan = answer.point[y]
+        return first + float(cost @ plan), plan
 
     def evaluate(self, x: ArrayLike, *, tol: float = 1e-6, time_limit: float | None = None) -> WorstCase:
         """Return the true worst case F(x), with a certificate (see :mod:`.evaluate` for how).
