@@ -109,6 +109,22 @@ def test_frames_are_shown_with_boxes_tracks_and_saliency() -> None:
     assert "No saliency" not in page
 
 
+def test_precision_as_kitti_counts_it() -> None:
+    """Perfect answers on 8 boxes: KITTI's program leaves out the first of its 8 samples."""
+    source = street()
+    report = evaluate(Knowing(source), source, sampling="kitti")
+    assert report["clean/map/3d"].value == pytest.approx(7 / 40)
+    assert report.document["details"]["sampling"] == "kitti"
+    assert "AP is counted as KITTI" in render(report)
+    exact = evaluate(Knowing(source), source)
+    assert exact["clean/map/3d"].value == 1.0
+    assert "AP is counted as KITTI" not in render(exact)
+    with pytest.raises(ValueError, match="tells no difficulties"):
+        evaluate(Knowing(source), source, difficulty="easy")
+    with pytest.raises(ValueError, match="sampling='R40'"):
+        evaluate(Knowing(source), source, sampling="R40")
+
+
 def test_tracks_come_from_where_they_were() -> None:
     source = street()
     (seen,) = frames_of(evaluate(Knowing(source), source))

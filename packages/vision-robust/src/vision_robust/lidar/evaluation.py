@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from robust_core.checks import check_count, check_number
+from robust_core.checks import check_choice, check_count, check_number
 from robust_core.claim import versions
 from robust_core.data import Dataset
 from robust_core.errors import CheckpointError
@@ -39,7 +39,8 @@ from robust_core.models import fingerprint, frozen, model_device
 from robust_core.random import Seed, resolve_seed
 from vision_robust.lidar.corruptions import corrupt_batch, corrupt_frame
 from vision_robust.lidar.corruptions import corruptions as known_corruptions
-from vision_robust.lidar.metrics.detection import IOU, evaluate_detections
+from vision_robust.lidar.kitti.frames import at_difficulty
+from vision_robust.lidar.metrics.detection import IOU, SAMPLINGS, evaluate_detections
 from vision_robust.lidar.metrics.robustness import DGCNN, corruption_errors
 from vision_robust.lidar.metrics.tracks import TrackingScore, evaluate_tracks
 from vision_robust.lidar.pictures import How, SeenFrame, SeenShapes, see_frames, see_shapes
@@ -83,6 +84,8 @@ def evaluate(
     batch_size: int = 32,
     kinds: Sequence[str] = ("3d", "bev"),
     thresholds: Mapping[str, float] = IOU,
+    sampling: str = "exact",
+    difficulty: str | None = None,
     min_score: float = 0.3,
     frames: int | None = None,
     generator: Seed = None,
@@ -102,6 +105,9 @@ def evaluate(
         batch_size: clouds in one pass; no figure depends on it.
         kinds: how boxes are compared, ``"3d"`` and ``"bev"``.
         thresholds: class -> least overlap of a right detection; 0.5 where a class is not named.
+        sampling: of average precision, ``"exact"``, or ``"kitti"`` as KITTI's own program counts.
+        difficulty: boxes that average precision asks for, ``"easy"``, ``"moderate"`` or ``"hard"`` (KITTI only); all
+            that are not marked ``ignore`` when None.
         min_score: detections that the tracker hears. Choose it on clean validation data, once for all noise.
         frames: so many frames of each sequence at most; all when None.
         generator: seed of the corruptions.
@@ -114,7 +120,7 @@ def evaluate(
 
     Raises:
         TypeError: the model does not answer as its task needs.
-        ValueError: an unknown corruption, severities outside 1 .. 5, no data.
+        ValueError: an unknown corruption, severities outside 1 .. 5, no data, a difficulty of data without any.
         CheckpointError: ``resume`` holds conditions of another measurement.
     """
     wanted, levels = _conditions([corruptions] if isinstance(corruptions, str) else corruptions, severities)
@@ -124,13 +130,17 @@ def evaluate(
     if not kinds:
         raise ValueError("kinds is empty; give '3d', 'bev' or both")
     check_number("min_score", min_score)
+    check_choice("sampling", sampling, SAMPLINGS)
     scenes = isinstance(data, Source)
     if scenes and not callable(getattr(model, "detect", None)):
         raise TypeError(f"model {type(model).__name__} has no detect(points, mask), which scenes need")
     if not len(data):
         raise ValueError("data holds nothing to look at")
+    if isinstance(data, Source) and difficulty is not None:  # refused now, not after the first pass
+        at_difficulty(next(frames[0] for _, frames in data.sequences if len(frames)), difficulty)
     seed, started = resolve_seed(generator), time.perf_counter()
-    told = {"kinds": list(kinds), "thresholds": dict(thresholds), "min_score": min_score, "frames": frames}
+    told = {"kinds": list(kinds), "thresholds": dict(thresholds), "sampling": sampling, "difficulty": difficulty}
+    told |= {"min_score": min_score, "frames": frames}
     identity = _identity(model, data, seed, told if scenes else {})
     run = _Scenes(model, data, told, seed) if isinstance(data, Source) else _Shapes(model, data, batch_size, seed)
     results: dict[str, dict[str, Any]] = {}
@@ -346,7 +356,8 @@ class _Scenes:
             if self.source.tracked:
                 score = self._tracked(sequence, found)
                 total = score if total is None else total + score
-        values = evaluate_detections(frames, said, thresholds=self.told["thresholds"], kinds=self.told["kinds"])
+        how_counted = {name: self.told[name] for name in ("thresholds", "kinds", "sampling", "difficulty")}
+        values = evaluate_detections(frames, said, **how_counted)
         if total is not None:
             values |= {key: value for key, value in total.figures().items() if key in ("mota", "motp", "idf1")}
         finite = {key: float(value) for key, value in values.items() if np.isfinite(value)}

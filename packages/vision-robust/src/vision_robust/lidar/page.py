@@ -38,7 +38,8 @@ def render(report: LidarReport) -> str:
         + (".", ", boxes that agree with the data's axes.")[d["task"] == "scenes"],
         note="Brackets are 95 % intervals over clouds: exact for a condition, Student's for the mean over corruptions."
         if d["task"] == "shapes"
-        else "Average precision (AP) and tracking (MOTA) have no intervals: frames of a drive are not independent.",
+        else "Average precision (AP) and tracking (MOTA) have no intervals: frames of a drive are not independent."
+        + " AP is counted as KITTI's program does." * (d["details"].get("sampling") == "kitti"),
         sections=sections,
         provenance=[
             ("model", d["model_sha256"]), ("data", d["data_sha256"] or "read frame by frame"), ("seed", str(d["seed"])),

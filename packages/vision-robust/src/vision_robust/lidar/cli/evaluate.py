@@ -44,6 +44,12 @@ def evaluate(
     overlap: Annotated[
         float | None, typer.Option(min=0, max=1, help="Least overlap of a right box; KITTI's by class if left out.")
     ] = None,
+    sampling: Annotated[
+        str, typer.Option(help="Of average precision: exact, or kitti as its program counts, for its table.")
+    ] = "exact",
+    difficulty: Annotated[
+        str | None, typer.Option(help="Boxes to find, of KITTI: easy, moderate or hard; hard if left out.")
+    ] = None,
     min_score: Annotated[
         float, typer.Option(help="Detections that the tracker hears; choose it on clean validation data.")
     ] = 0.3,
@@ -65,6 +71,9 @@ def evaluate(
         check_module(model)
     if layout is not None:
         check_word("--layout", layout, LAYOUTS)
+    check_word("--sampling", sampling, ("exact", "kitti"))
+    if difficulty is not None:
+        check_word("--difficulty", difficulty, ("easy", "moderate", "hard"))
     levels = levels_of(severities)
     from robust_core.device import choose_device
     from vision_robust.lidar.evaluation import evaluate as measure
@@ -74,7 +83,7 @@ def evaluate(
     network, classes = load_network(model, weights=weights, layout=layout, device=choose_device(device))
     found = open_data(data, split, classes)
     names = named_corruptions(corruptions, shapes=not isinstance(found, Source))
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"sampling": sampling, "difficulty": difficulty}
     if overlap is not None and isinstance(found, Source):
         options["thresholds"] = dict.fromkeys(found.classes, overlap)
     with console.progress() as report:

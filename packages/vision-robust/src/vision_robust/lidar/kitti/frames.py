@@ -94,8 +94,14 @@ def build_frame(
 
 
 def at_difficulty(frame: Frame, difficulty: str) -> Frame:
-    """Return the frame with ``ignore`` as the benchmark has it at ``"easy"``, ``"moderate"`` or ``"hard"``."""
+    """Return the frame with ``ignore`` as the benchmark has it at ``"easy"``, ``"moderate"`` or ``"hard"``.
+
+    Raises:
+        ValueError: another word, or a frame that is not KITTI's.
+    """
     level = DIFFICULTIES.index(check_choice("difficulty", difficulty, DIFFICULTIES))
+    if "difficulty" not in frame.fields:
+        raise ValueError(f"difficulty={difficulty!r}: frame {frame.token!r} tells no difficulties; KITTI's do")
     found = frame.fields["difficulty"]
     return replace(frame, ignore=frame.fields["neighbour"] | (found < 0) | (found > level))
 
