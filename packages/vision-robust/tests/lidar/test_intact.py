@@ -342,3 +342,19 @@ def test_absent_points_are_not_looked_at() -> None:
     assert torch.equal(model(spoiled, batch["mask"]), model(batch["x"], batch["mask"]))
     pooled = Unmasked(tiny(), layout="BNC")
     torch.testing.assert_close(pooled(spoiled, batch["mask"]), model(batch["x"], batch["mask"]))
+
+
+def test_dropout_of_the_teacher_follows_the_seed() -> None:
+    """What the caller drew before must not matter to which points matter."""
+    found = []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        teacher, student = tiny(1), tiny(2)
+        teacher.head.insert(0, nn.Dropout(0.5))
+        options = Settings(teacher_steps=2, n_draws=2)
+        found.append(
+            harden(student, clouds(), "intact", task=TASK, teacher=teacher, settings=options, epochs=1).saliency
+        )
+        assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(before))  # as it was left
+    assert found[0] is not None
+    assert torch.equal(found[0], found[1])

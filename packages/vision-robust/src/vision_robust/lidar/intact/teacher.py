@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from robust_core.checks import check_choice, check_count, check_number
-from robust_core.random import SampleStreams, Seed, derive, resolve_seed
+from robust_core.random import SampleStreams, Seed, derive, reseeded, resolve_seed
 from robust_core.training import Batch, Loss, RandomObjective
 from vision_robust.lidar.intact.perturbation import TargetedPerturbation
 from vision_robust.lidar.intact.tasks import Perception, clouds_of
@@ -172,7 +172,8 @@ def adapted(
         parameters = [p for p in copied.parameters() if p.requires_grad]
         for step in range(steps):
             clouds = _noisy(noise, family, copied, task, batch, level, derive(seed, "adapt", step))
-            loss = task.loss(copied(clouds.points, clouds.mask), batch).mean()
+            with reseeded(derive(seed, "layers", step), level.device):  # the copy may have dropout
+                loss = task.loss(copied(clouds.points, clouds.mask), batch).mean()
             gradients = torch.autograd.grad(loss, parameters)
             with torch.no_grad():
                 for p, g in zip(parameters, gradients, strict=True):
