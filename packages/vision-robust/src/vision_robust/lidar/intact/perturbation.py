@@ -15,7 +15,6 @@ stream for each sample; nothing is written to its input; only coordinates move.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +65,8 @@ def _ranks(score: Tensor, mask: Tensor) -> Tensor:
 
 def _share(mask: Tensor, share: Tensor) -> Tensor:
     """Return (B, 1) ``floor(share · N)``, at most N - 1; float64, lest 0.7 · 10 become 6."""
-    n = mask.sum(1)
-    wanted = (share.to(torch.float64) * n + 1e-9).floor().to(torch.int64)
-    return wanted.minimum((n - 1).clamp_min(0))[:, None]
+    n = mask.sum(1, keepdim=True)
+    return (share.to(torch.float64)[:, None] * n + 1e-9).to(torch.int64).minimum(n - 1)
 
 
 def targeted_drop(
@@ -111,9 +109,9 @@ def clutter(clouds: Clouds, share: Tensor, streams: SampleStreams) -> Disturbed:
     """Put ``share (B,)`` of the points anywhere in the box that the cloud fills; their other columns stay."""
     u = streams.uniform((clouds.mask.shape[1], 4), dtype=clouds.points.dtype)
     gone = clouds.mask & (_ranks(u[..., 3], clouds.mask) < _share(clouds.mask, share))
-    xyz, there = clouds.points[..., :3], clouds.mask[..., None]
-    low = xyz.masked_fill(~there, torch.inf).amin(1, keepdim=True)
-    high = xyz.masked_fill(~there, -torch.inf).amax(1, keepdim=True)
+    xyz, absent = clouds.points[..., :3], ~clouds.mask[..., None]
+    low = xyz.masked_fill(absent, torch.inf).amin(1, keepdim=True)
+    high = xyz.masked_fill(absent, -torch.inf).amax(1, keepdim=True)
     return Disturbed(
         _moved(clouds, torch.where(gone[..., None], low + (high - low) * u[..., :3], xyz)), clouds.mask & ~gone
     )
@@ -143,21 +141,29 @@ def adversarial_shift(
     check_count("steps", steps)
     check_choice("direction", direction, DIRECTIONS)
     start = clouds.points[..., :3]
-    ray = nn.functional.normalize(start, dim=-1)
-    radius = radius[..., None] * clouds.mask[..., None]
-    delta = torch.zeros_like(start)
-    with frozen(model), torch.enable_grad():
+    radius = (radius * clouds.mask)[..., None]
+    ray = _unit(start) if direction == "ray" else start
+    pace, delta = 1.5 / steps * radius, torch.zeros_like(start)
+    with frozen(model), torch.no_grad():
         for _ in range(steps):
-            delta.requires_grad_(True)
-            moved = _moved(clouds, start + delta)
-            gap = task.gap(model(moved.points, moved.mask), batch)
-            (gradient,) = torch.autograd.grad(gap.sum(), delta)
-            with torch.no_grad():
-                if direction == "ray":
-                    gradient = (gradient * ray).sum(-1, keepdim=True) * ray
-                delta = delta + 1.5 / steps * radius * nn.functional.normalize(gradient, dim=-1)
-                delta = delta * (radius / delta.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
-    return Disturbed(_moved(clouds, start + delta.detach()), clouds.mask)
+            xyz = (start + delta).requires_grad_(True)
+            with torch.enable_grad():
+                moved = _moved(clouds, xyz)
+                gap = task.gap(model(moved.points, moved.mask), batch).sum()
+            (gradient,) = torch.autograd.grad(gap, xyz)
+            if direction == "ray":
+                gradient = (gradient * ray).sum(-1, keepdim=True) * ray
+            delta = delta + pace * _unit(gradient)
+            delta = delta * (radius / _length(delta)).clamp_max(1.0)
+    return Disturbed(_moved(clouds, start + delta), clouds.mask)
+
+
+def _length(vectors: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors / _length(vectors)
 
 
 def _moved(clouds: Clouds, xyz: Tensor) -> Clouds:
@@ -235,14 +241,12 @@ class TargetedPerturbation:
             raise ValueError(f"weights has shape {tuple(weights.shape)}; {tuple(clouds.mask.shape)} is needed")
         parts, ends = [], [len(clouds) * (i + 1) // len(self.families) for i in range(len(self.families))]
         for family, start, end in zip(self.families, [0, *ends], ends, strict=False):
-            rows = slice(start, end)
-            part = {k: v[rows] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
-            chosen = Clouds(clouds.points[rows], clouds.mask[rows])
             if end > start:
-                indices = torch.arange(start, end, device=severity.device)
-                own = streams.select(indices)
+                rows = slice(start, end)
+                own = streams.select(torch.arange(start, end, device=severity.device))
+                chosen = Clouds(clouds.points[rows], clouds.mask[rows])
                 aim = torch.full_like(chosen.points[..., 0], AIMLESS[family]) if weights is None else weights[rows]
-                parts.append(self._one(family, model, task, chosen, part, severity[rows], own, aim))
+                parts.append(self._one(family, model, task, chosen, batch, rows, severity[rows], own, aim))
         return Disturbed(
             Clouds(torch.cat([p.clouds.points for p in parts]), torch.cat([p.clouds.mask for p in parts])),
             torch.cat([p.kept for p in parts]),
@@ -254,16 +258,19 @@ class TargetedPerturbation:
         model: nn.Module,
         task: Perception,
         clouds: Clouds,
-        batch: dict[str, Any],
+        batch: Batch,
+        rows: slice,
         severity: Tensor,
         streams: SampleStreams,
         w: Tensor,
     ) -> Disturbed:
         if family == "drop":
-            return targeted_drop(clouds, w, self.drop * severity, streams, owner=batch.get("owner"))
+            owner = None if batch.get("owner") is None else batch["owner"][rows]
+            return targeted_drop(clouds, w, self.drop * severity, streams, owner=owner)
         if family == "jitter":
             return targeted_jitter(clouds, w, self.sigma * severity, streams)
         if family == "clutter":
             return clutter(clouds, self.clutter * severity, streams)
         radius = self.eps * severity[:, None].to(w.dtype) * (0.3 + 0.7 * w)
-        return adversarial_shift(model, task, clouds, batch, radius, steps=self.steps, direction=self.direction)
+        part = {k: v[rows] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
+        return adversarial_shift(model, task, clouds, part, radius, steps=self.steps, direction=self.direction)

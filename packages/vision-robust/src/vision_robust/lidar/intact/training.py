@@ -97,7 +97,7 @@ class CurriculumTraining(RandomObjective):
                 far = self.task.distance(outputs, self._say(batch), self.temperature).mean()
                 parts["distance"] = far.detach()
                 terms.append(self.kappa * far)
-        return Loss(torch.stack(terms).sum() if len(terms) > 1 else terms[0], parts)
+        return Loss(sum(terms[1:], terms[0]), parts)
 
     def _say(self, batch: Batch) -> Any:
         teacher = self._teacher[0]
