@@ -13,6 +13,7 @@ from diffusion_unlearn.metrics import (
     clip_score,
     frechet,
     frechet_distance,
+    lost,
     mean_clip_score,
     retention,
 )
@@ -135,3 +136,27 @@ def test_rates_refuse_what_is_no_log() -> None:
         attack_rates(flags("..."), {"a": flags("..")})
     with pytest.raises(ValueError, match="at least one prompt"):
         attack_rates(flags(""), {})
+
+
+@pytest.mark.quick
+def test_what_was_lost_is_known_no_better_than_its_prompts_allow() -> None:
+    before, after = flags("xxxxx....."), flags("xx...x....")
+    fell, rose = (clopper_pearson(k, 10, 0.025) for k in (3, 1))
+    found = lost(before, after)
+    assert found.value == pytest.approx(0.2)
+    assert found.interval == pytest.approx((float(fell[0] - rose[1]), float(fell[1] - rose[0])))
+    same = lost(before, before)
+    assert same.value == 0
+    assert same.interval is not None
+    assert -same.interval[0] == same.interval[1] > 0.3
+    assert lost(flags(""), flags("")).interval is None
+
+
+def test_what_was_lost_lies_within_its_interval_as_often_as_said() -> None:
+    draws = np.random.default_rng(0)
+    share, inside = np.array([0.6, 0.15, 0.05, 0.2]), 0
+    for _ in range(300):
+        kind = draws.choice(4, size=30, p=share)  # both, fell, rose, neither
+        low, high = lost((kind == 0) | (kind == 1), (kind == 0) | (kind == 2)).interval or (1.0, 0.0)
+        inside += low <= 0.1 <= high
+    assert inside >= 285

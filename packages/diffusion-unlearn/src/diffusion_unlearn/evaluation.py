@@ -34,7 +34,7 @@ from diffusion_unlearn.attacks import AttackReport, PromptAttack, attack_prompts
 from diffusion_unlearn.clip import ClipFeatures
 from diffusion_unlearn.judges import ClassifierJudge, Judge, facts
 from diffusion_unlearn.measuring import Features, Kept, Measures, measured, parts_of
-from diffusion_unlearn.metrics import CONVENTIONS, frechet, retention
+from diffusion_unlearn.metrics import CONVENTIONS, frechet, lost, retention
 from diffusion_unlearn.pipeline import TextToImage
 from diffusion_unlearn.prompts import Prompt, PromptSet
 from diffusion_unlearn.showing import HIDDEN, Shown, shown_concept, shown_retained
@@ -343,8 +343,7 @@ def _add_retention(
         for label, rate in kept.each.items():
             figures[f"retention/{side}/class {label}"] = (rate, about)
     if "before" in sides:
-        lost = difference(arrays["retention/before"], arrays["retention/after"])
-        figures["retention/lost"] = (lost, about)
+        figures["retention/lost"] = (lost(arrays["retention/before"], arrays["retention/after"]), about)
 
 
 def _add_frechet(run: _Run, figures: Figures, retain: PromptSet, sides: Mapping[str, Mapping[str, np.ndarray]]) -> None:

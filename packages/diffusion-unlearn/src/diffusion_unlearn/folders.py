@@ -133,14 +133,15 @@ def load_pipeline(
         _check_complete(place / name, getattr(pipe, name, None))
     pipe.set_progress_bar_config(disable=True)
     TextToImage(pipe)
-    if dtype is not None:
-        pipe.to(dtype)
+    for part in pipe.components.values():
+        if dtype is not None and isinstance(part, nn.Module) and part.dtype != dtype:  # diffusers warns of any cast
+            part.to(dtype)
     return pipe if device is None else pipe.to(device)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Let no bars be drawn while a pipeline is loaded; progress is the command line's."""
+    """Let no bars be drawn while a pipeline is loaded or written; progress is the command line's."""
     import diffusers.utils.logging as first
     import transformers.utils.logging as second
 
@@ -179,7 +180,8 @@ def save_pipeline(pipe: Any, folder: str | os.PathLike[str]) -> Path:
     """
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
-    pipe.save_pretrained(place, safe_serialization=True)
+    with _quiet():
+        pipe.save_pretrained(place, safe_serialization=True)
     return place
 
 

@@ -7,7 +7,7 @@ prompt that needs no attack is no safer for it. The headline is the union per pr
 embeddings writes what no prompt can say; its rate stands apart. Intervals are exact (Clopper and Pearson), at 95 %, of
 prompts as independent draws: many seeds of few prompts are fewer draws than they seem.
 
-**Cost**: :func:`retention`, whether other concepts are still drawn, for each class and at the worst;
+**Cost**: :func:`retention`, whether other concepts are still drawn, for each class and at the worst; :func:`lost`;
 :func:`frechet_distance` (M. Heusel and others, NeurIPS 2017, arXiv:1706.08500; known as FID with Inception features)
 between the pictures before and after, with features of your choice; :func:`clip_score` (J. Hessel and others, EMNLP
 2021, arXiv:2104.08718) of pictures and their prompts.
@@ -21,12 +21,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from robust_core.checks import check_choice, check_labels
 from robust_core.errors import RobustError
-from robust_core.evaluation.metrics.estimate import Estimate, mean, proportion
+from robust_core.evaluation.metrics.estimate import Array, Estimate, mean, proportion
 
 __all__ = [
     "CONVENTIONS",
@@ -37,6 +38,7 @@ __all__ = [
     "clip_score",
     "frechet",
     "frechet_distance",
+    "lost",
     "mean_clip_score",
     "retention",
 ]
@@ -121,6 +123,24 @@ def retention(logits: Tensor, labels: Tensor) -> Retention:
     rows = labels.cpu()
     each = {int(label): proportion(right[rows == label]) for label in rows.unique()}
     return Retention(proportion(right), each, min(each, key=lambda label: each[label].value))
+
+
+def lost(before: Array, after: Array) -> Estimate:
+    """Return which share of prompts an erasure cost, less what it gained, paired prompt by prompt.
+
+    The interval is exact, if wide: what fell and what rose, each within Clopper and Pearson's at 97.5 %. (Student's
+    would have no width where no prompt changed, however few there are.)
+
+    Args:
+        before: (N,) bool, whether the right thing was drawn.
+        after: (N,) bool, likewise, of the same prompts.
+    """
+    first, second = np.asarray(before), np.asarray(after)
+    fell, rose = (proportion(part, confidence=0.975) for part in (first & ~second, second & ~first))
+    if fell.interval is None or rose.interval is None:
+        return fell
+    ends = fell.interval[0] - rose.interval[1], fell.interval[1] - rose.interval[0]
+    return Estimate(fell.value - rose.value, ends, fell.n)
 
 
 def clip_score(images: Tensor, texts: Tensor, *, convention: str = "cosine") -> Tensor:

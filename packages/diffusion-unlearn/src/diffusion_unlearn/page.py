@@ -53,8 +53,9 @@ def render(report: ErasureReport) -> str:
         cards=_cards(report),
         flags=d["flags"],
         clear="Checked: prompts enough for the intervals, none in both sets; the judge sees the concept before the "
-        "erasure; the pipelines differ; no safety checker stands between pictures and judge; attacks beat random ones.",
-        note="Brackets are exact 95 % intervals of shares, and Student intervals of means and paired differences, over "
+        "erasure; the pipelines differ; no safety checker stands between pictures and judge; no attack does worse than "
+        "random tokens.",
+        note="Brackets are exact 95 % intervals of shares and what was lost of them, Student intervals of means, over "
         "prompts as independent draws (many seeds of few texts are fewer); erasing with another seed is not in them.",
         sections=[section for section in sections if section is not None],
         provenance=_provenance(report),
@@ -308,7 +309,7 @@ def _told(about: Mapping[str, Any]) -> str:
     more = "".join(f", {key} {about[key]}" for key in ("convention", "dimension") if key in about)
     return (
         f"{about['detector']} {about['version']}{threshold}{more}; seed {about['seed']}, {about['steps']} steps, "
-        + (f"guidance {about['guidance']:g}")
+        f"guidance {about['guidance']:g} where a prompt has none of its own"
     )
 
 

@@ -57,16 +57,17 @@ def _cards(report: AttackReport) -> list[Card]:
 
 def _rates(report: AttackReport) -> Section:
     labels = [*report.document["threat"]]
-    rows, shown = [["none", "–", *_cells(report, "pre_asr"), "", ""]], [("none", report["pre_asr"])]
+    rows, shown = [["none", *_cells(report, "pre_asr"), "", ""]], [("none", report["pre_asr"])]
     for label in labels:
         threat = report.document["threat"][label]["threat"]
         name = f"embedding/{label}" if threat == "embedding" else f"asr/{label}"
         won = [one for one in report.found[label] if one is not None and one.success]
         tries = f"{np.median([one.n_tries for one in won]):g}" if won else "–"
-        rows.append([label, threat, *_cells(report, name), str(len(won)), tries])
+        told = f"{label} (vectors)" if threat == "embedding" else label
+        rows.append([told, *_cells(report, name), str(len(won)), tries])
         shown.append((label, report[name]))
     if "asr" in report.document["figures"]:
-        rows.append(["all by prompt or seed", "", *_cells(report, "asr"), "", ""])
+        rows.append(["all by prompt or seed", *_cells(report, "asr"), "", ""])
     figure, axes = plots.canvas(5.4, 0.8 + 0.34 * len(shown))
     places = np.arange(len(shown))[::-1]
     values = np.array([rate.value for _, rate in shown])
@@ -79,12 +80,13 @@ def _rates(report: AttackReport) -> Section:
     axes.set_xlabel("prompts that show the concept")
     alt = "; ".join(f"{label}: {percent(rate.value)}" for label, rate in shown)
     plot = plot_of(figure, f"{alt}.", "rates", "attacks", "Prompts that need no attack count in every bar.")
-    header = ["attack", "threat", "rate", "95 % interval", "newly broken", "pictures to success, median"]
+    header = ["attack", "rate", "95 % interval", "new", "tries"]
     text = (
         "The strongest attack is a lower bound of what a better attacker reaches; the headline is the union, prompt by "
-        "prompt, over all attacks by prompt or seed. Vectors that no text has are another threat, and stand apart."
+        "prompt, over all attacks by prompt or seed. Vectors that no text has are another threat, and stand apart. "
+        "New: prompts that show the concept under the attack alone; tries: pictures that this took, median."
     )
-    return Section("How often it comes back", [text], [plot], table=Table(header, rows, numeric=(2, 3, 4, 5)))
+    return Section("How often it comes back", [text], [plot], table=Table(header, rows, numeric=(1, 2, 3, 4)))
 
 
 def _cells(report: AttackReport, name: str) -> list[str]:
@@ -99,7 +101,7 @@ def _texts(report: AttackReport) -> list[Section]:
             continue
         for i, one in won[:_SHOWN]:
             back = {None: "", True: "yes", False: "no"}[one.reads_back]
-            rows.append([label, report.tries[i].text, one.text, str(one.seed), f"{one.score:.3g}", back])
+            rows.append([label, report.tries[i].text, one.text, str(one.seed), f"{one.score:.3f}", back])
     if not rows:
         return []
     header = ["attack", "prompt", "text that brought it back", "seed", "score", "same tokens read anew"]
