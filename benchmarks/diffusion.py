@@ -2,12 +2,14 @@
 
     python benchmarks/diffusion.py [--json] [--only attack ...] [--quick] [--device cuda] [--pipeline FOLDER]
 
-``attack``: an iteration of each gradient attack (40 steps at one time, the look at the end included, the drawing of
-pictures not) against the same passes by hand: the same noise, text encoder, predictor and loss, forward and backward to
+``attack``: an iteration of each gradient attack (the 40 steps at one time, with what a whole attack does once in 2000,
+the beginning, and once at each of its 50 times, the look; not the drawing of pictures) against the same passes by hand:
+as many as the attack takes gradients, with the same noise, text encoder, predictor and loss, forward and backward to
 the embeddings. ``product`` is what every search over tokens needs besides: one product of its gradients (of P4D, of its
-vectors) with the embeddings of the whole vocabulary. Alternated, medians of processor time on one thread (of wall time
-on a GPU); ``ratio`` is attack over passes, ``ratio_to_parts`` over passes and products. ``peak_mb`` is the peak memory
-of a process that does nothing else (allocated, on a GPU), ``bare_mb`` that of the passes.
+vectors) with the embeddings of the whole vocabulary, in the order that is quicker for few rows. Alternated, medians of
+processor time on one thread (of wall time on a GPU); ``ratio`` is attack over passes, ``ratio_to_parts`` over passes
+and products. ``peak_mb`` is the peak memory of a process that does nothing else (allocated, on a GPU), ``bare_mb`` that
+of the passes. ``--quick`` repeats less.
 
 ``erasure``: a step of each training; see ``diffusion_erasure.py``.
 
@@ -20,19 +22,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
+from diffusion_erasure import erasure_part
+from diffusion_pipelines import TARGET, now, peak_of, pipeline_of, print_peak
 from torch import Tensor
 
 from diffusion_unlearn.attacks import P4D, ConceptInversion, Scene, Try, UnlearnDiffAtk
@@ -40,62 +39,7 @@ from diffusion_unlearn.attacks.drawing import Drawing, Look
 from diffusion_unlearn.attacks.gradient import GradientAttack, repeated
 from diffusion_unlearn.attacks.losses import denoising_error, imitation_error
 from diffusion_unlearn.pipeline import TextToImage
-from robust_core.device import memory
 from robust_core.random import SampleStreams
-
-TARGET = 1.1
-
-
-def medium() -> Any:
-    """Return an untrained pipeline with the vocabulary and length of Stable Diffusion 1.x."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    tokens = letters + [letter + "</w>" for letter in letters]
-    tokens += [f"filler{i}" for i in range(49408 - 2 - len(tokens))] + ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer: Any = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=77)  # pyright: ignore
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        encoder: Any = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49408, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
-                max_position_embeddings=77, bos_token_id=49406, eos_token_id=49407, pad_token_id=49407,
-            )
-        ).eval()  # fmt: skip
-        unet = UNet2DConditionModel(
-            sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 128, 256), layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=256,
-            attention_head_dim=8, norm_num_groups=16,
-        ).eval()  # fmt: skip
-        vae = AutoencoderKL(block_out_channels=(16,), norm_num_groups=8, sample_size=16, latent_channels=4).eval()
-    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
-    pipe = StableDiffusionPipeline(
-        vae, encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,  # pyright: ignore
-        requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def digits() -> Any:
-    """Return the pipeline of claims before training: time does not depend on weights."""
-    from diffusion_unlearn.digits import build_pipeline
-
-    return build_pipeline()
-
-
-PIPELINES: dict[str, Callable[[], Any]] = {"digits": digits, "medium": medium}
-
-
-def pipeline_of(size: str, device: str) -> Any:
-    """Return one of :data:`PIPELINES`, or the pipeline in a folder."""
-    if size in PIPELINES:
-        return PIPELINES[size]().to(device)
-    from diffusion_unlearn.folders import load_pipeline
-
-    return load_pipeline(size, device=device)
 
 
 @dataclass
@@ -163,23 +107,17 @@ class Bare:
         n = {"unlearndiffatk": 1, "p4d": 1}.get(self.attack.name, 0) * self.attack.n_steps
         gradient = torch.randn(len(self.scene) * self.attack.k, self.table.shape[1], device=self.table.device)
         for _ in range(n):
-            gradient @ self.table.T.to(gradient.dtype)
+            self.table @ gradient.T
 
 
 def timed(call: Callable[[], object], device: str) -> float:
-    if device == "cpu":
-        start = time.process_time()
-        call()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = now(device)
     call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now(device) - start
 
 
 def attack_row(size: str, name: str, n_prompts: int, noises: int, options: argparse.Namespace) -> dict[str, Any]:
-    attack = attacks(10 if options.quick else 40, noises)[name]
+    attack = attacks(40, noises)[name]
     scene = scene_of(size, options.device, n_prompts)
     bare = Bare(attack, scene)
     attack.run(scene)
@@ -189,7 +127,8 @@ def attack_row(size: str, name: str, n_prompts: int, noises: int, options: argpa
         calls = (lambda: attack.run(scene), bare.passes, bare.products)
         rows.append([timed(call, options.device) for call in calls])
     whole, passes, product = (1000 * statistics.median(column) / attack.n_steps for column in zip(*rows, strict=True))
-    peak = {side: peak_of(side, size, name, n_prompts, noises, options) for side in ("attack", "bare")}
+    words = [size, name, str(n_prompts), str(noises), options.device]
+    peak = {side: peak_of(__file__, "--peak", side, *words) for side in ("attack", "bare")}
     ratio = statistics.median(w / b for w, b, _ in rows)
     return {
         "attack": name, "pipeline": size, "prompts": n_prompts, "noises": noises, "steps": attack.n_steps,
@@ -199,23 +138,11 @@ def attack_row(size: str, name: str, n_prompts: int, noises: int, options: argpa
     }  # fmt: skip
 
 
-def peak_of(side: str, size: str, name: str, n_prompts: int, noises: int, options: argparse.Namespace) -> float:
-    """Return the peak memory in MB of a fresh process that runs one side."""
-    words = [size, name, str(n_prompts), str(noises), options.device]
-    done = subprocess.run(
-        [sys.executable, __file__, "--peak", side, *words], capture_output=True, text=True, check=True
-    )  # fmt: skip
-    return float(done.stdout.split()[-1])
-
-
 def peak(side: str, size: str, name: str, n_prompts: int, noises: int, device: str) -> None:
     torch.set_num_threads(1)
     attack = attacks(4, noises)[name]
     scene = scene_of(size, device, n_prompts)
-    call = (lambda: attack.run(scene)) if side == "attack" else Bare(attack, scene).passes
-    with memory(device) as used:
-        call()
-    print(used.peak / 2**20)
+    print_peak((lambda: attack.run(scene)) if side == "attack" else Bare(attack, scene).passes, device)
 
 
 def attack_part(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -233,13 +160,6 @@ def attack_part(options: argparse.Namespace) -> list[dict[str, Any]]:
                 file=sys.stderr,
             )
     return rows
-
-
-def erasure_part(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the rows of ``diffusion_erasure.py``."""
-    from diffusion_erasure import erasure_part as part
-
-    return part(options)
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {

@@ -11,16 +11,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusion import TARGET, pipeline_of
+from diffusion_pipelines import TARGET, now, peak_of, pipeline_of, print_peak
 from torch import Tensor
 
 from diffusion_unlearn.erasure import ESD, FMN, AdvUnlearn, ConceptAblation
@@ -29,7 +26,6 @@ from diffusion_unlearn.erasure.parts import edited_copy, only_training
 from diffusion_unlearn.erasure.training import TrainedErasure, train
 from diffusion_unlearn.pipeline import replaced_embeddings
 from robust_core.attacks.tokens import SoftTokens
-from robust_core.device import memory
 from robust_core.random import stream
 
 Step = Callable[[int], object]
@@ -63,7 +59,7 @@ class Bare:
     def run(self, n: int) -> list[float]:
         """Return the time of each step but the first."""
         unet, encoders = self.parts.pipe.unet, self.parts.encoders
-        marks, device = [], self.parts.device
+        marks, device = [], self.parts.device.type
         with only_training(self.parameters, [unet, self.parts.pipe.vae, *encoders]):
             for i in range(n):
                 loss = self.step(i)
@@ -136,18 +132,11 @@ class Bare:
         return hidden.expand(self.method.batch_size, -1, -1)
 
 
-def now(device: torch.device) -> float:
-    if device.type == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def ours(method: Any, pipe: Any, pool: Any, *, spared: bool = False) -> list[float]:
     """Return the time of each step of ``fit`` but the first."""
     made = edited_copy(pipe, method.component)
     marks: list[float] = []
-    device = made.unet.device
+    device = made.unet.device.type
     train(
         method.objective(made, pool=pool), n_steps=method.n_steps, lr=method.lr, recipe=method,
         gradient_checkpointing=spared, on_step=lambda *_: marks.append(now(device)),
@@ -168,7 +157,8 @@ def row(size: str, name: str, n_steps: int, batch: int, options: argparse.Namesp
     times = [(ours(method, pipe, pool), bare.run(n_steps)) for _ in range(3 if options.quick else 5)]
     whole, passes = ([statistics.median(side) for side in column] for column in zip(*times, strict=True))
     ratio = statistics.median(w / p for w, p in zip(whole, passes, strict=True))
-    peaks = {side: peak_of(side, size, name, batch, options.device) for side in ("ours", "bare", "spared")}
+    words = [size, name, str(batch), options.device]
+    peaks = {side: peak_of(__file__, side, *words) for side in ("ours", "bare", "spared")}
     return {
         "method": name, "pipeline": size, "batch": method.batch_size, "steps": n_steps,
         "ms_a_step": 1000 * statistics.median(whole), "ms_passes": 1000 * statistics.median(passes), "ratio": ratio,
@@ -177,23 +167,14 @@ def row(size: str, name: str, n_steps: int, batch: int, options: argparse.Namesp
     }  # fmt: skip
 
 
-def peak_of(side: str, size: str, name: str, batch: int, device: str) -> float:
-    """Return the peak memory in MB of a fresh process that runs one side."""
-    words = [sys.executable, str(Path(__file__)), side, size, name, str(batch), device]
-    return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
 def peak(side: str, size: str, name: str, batch: int, device: str) -> None:
     torch.set_num_threads(1)
     method, pipe, pool = case(size, name, 2, batch, device)
-    made = edited_copy(pipe, method.component)
-    bare = Bare(method, made, pool)
-    with memory(device) as used:
-        if side == "bare":
-            bare.run(2)
-        else:
-            ours(method, pipe, pool, spared=side == "spared")
-    print(used.peak / 2**20)
+    if side == "bare":
+        bare = Bare(method, edited_copy(pipe, method.component), pool)
+        print_peak(lambda: bare.run(2), device)
+    else:
+        print_peak(lambda: ours(method, pipe, pool, spared=side == "spared"), device)
 
 
 def erasure_part(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -214,4 +195,5 @@ def erasure_part(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    peak(*sys.argv[1:4], int(sys.argv[4]), sys.argv[5])
+    side, size, name, batch, device = sys.argv[1:]
+    peak(side, size, name, int(batch), device)
