@@ -206,6 +206,13 @@ def test_broken_tracking_files(tmp_path, file, text, message):
         list(KittiTracking(tmp_path)[0])
 
 
+def test_one_benchmark_is_not_the_other(tmp_path):
+    with pytest.raises(DataMissingError, match="it is kitti-tracking:"):
+        KittiObject(tracking_folder(tmp_path / "t"))
+    with pytest.raises(DataMissingError, match="it is kitti:"):
+        KittiTracking(object_folder(tmp_path / "o"))
+
+
 def test_frames_that_the_sensor_skipped(tmp_path):
     """As 177 to 180 of KITTI's sequence 0001: annotated, without a sweep. DontCare regions all have the track -1."""
     folder = tracking_folder(tmp_path) / "training"

@@ -128,9 +128,11 @@ def test_a_detector_hardened_on_drives_is_read_again(
     code, _, err = robust(capsys, *words, "--batch-size", "3", "--width", "8", "--reach", "16")
     assert code == 0, err
     look = ["lidar", "evaluate", "--model", f"saved:{out}", "--data", data, "--corruptions", "kitti-c/gaussian"]
-    code, text, err = robust(capsys, *look, "--severities", "3", "--overlap", "0.3", "--json")
+    code, text, err = robust(capsys, *look, "--severities", "3", "--overlap", "0.3", "--sampling", "kitti",
+                             "--difficulty", "easy", "--json")  # fmt: skip
     assert code == 0, err
     assert "clean/mota" in json.loads(text)["figures"]
+    assert json.loads(text)["details"].items() >= {"sampling": "kitti", "difficulty": "easy"}.items()
 
 
 OWN = """
@@ -236,6 +238,10 @@ class Flat(nn.Module):
                              "--json")  # fmt: skip
     assert code == 0, err
     assert "clean/accuracy" in json.loads(text)["figures"]
+    fresh = ["lidar", "evaluate", "--model", "own_unmasked:Flat", "--layout", "BCN", "--data", "digits"]
+    fresh += ["--corruptions", "none", "--json", "--seed"]
+    first, again, other = (json.loads(robust(capsys, *fresh, seed)[1])["model_sha256"] for seed in "001")
+    assert first == again != other  # the seed decides where a factory starts
 
 
 @pytest.mark.parametrize(
@@ -246,6 +252,8 @@ class Flat(nn.Module):
         (["evaluate", "--model", "saved:x", "--data", "nuscenes:x"], "--data"),
         (["evaluate", "--model", "saved:x", "--data", "kitti:/no/such/folder"], "is not there"),
         (["evaluate", "--model", "saved:x", "--data", "digits", "--severities", "a-b"], "--severities"),
+        (["evaluate", "--model", "saved:x", "--data", "digits", "--corruptions", "fog"], "give kitti-c/fog"),
+        (["evaluate", "--model", "saved:x", "--data", "digits", "--sampling", "R40"], "--sampling"),
         (["harden", "--data", "digits", "--out", "x", "--method", "magic"], "--method"),
         (["harden", "--data", "digits", "--out", "x", "--set", "noise=3"], "set one of"),
         (["harden", "--data", "modelnet40:/no/such/folder", "--out", "x"], "modelnet40"),

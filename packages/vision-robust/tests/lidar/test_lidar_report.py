@@ -12,7 +12,7 @@ from torch import nn
 from robust_core.data import Dataset
 from robust_core.errors import CheckpointError
 from robust_core.random import reseeded
-from vision_robust.lidar.birds_eye import birds_eye_plot, shapes_plot
+from vision_robust.lidar.birds_eye import birds_eye_plot, extent, shapes_plot
 from vision_robust.lidar.evaluation import LidarReport, evaluate
 from vision_robust.lidar.intact import OwnDetection, detection_of
 from vision_robust.lidar.models import Grid, PillarDetector, PointNet
@@ -123,6 +123,24 @@ def test_precision_as_kitti_counts_it() -> None:
         evaluate(Knowing(source), source, difficulty="easy")
     with pytest.raises(ValueError, match="sampling='R40'"):
         evaluate(Knowing(source), source, sampling="R40")
+
+
+def test_plots_without_a_view_show_where_points_are() -> None:
+    (_, (frame, *_)), *_ = street().sequences
+    assert extent(frame)[0] < -14 < 14 < extent(frame)[1]
+    ahead = frame.with_points(frame.points[frame.points[:, 0] > 5.0]).select(torch.tensor([], dtype=torch.int64))
+    left, right, low, high = extent(ahead, reach=12.0)
+    assert (left, right) == (-2.0, 12.0)
+    assert -12.0 <= low < 0 < high <= 12.0
+
+
+def test_a_model_that_fails_is_told_on_what() -> None:
+    shapes = Dataset(torch.rand(6, 20, 3), torch.arange(6) % 2, name="few", classes=["a", "b"])
+    with pytest.raises(ValueError, match=r"fails on points \(6, 20, 3\).*layout"):
+        evaluate(nn.Sequential(nn.Linear(3, 2)), shapes)
+    page = render(evaluate(PointNet(2, (8,), ()), shapes, saliency=False))
+    assert "corruptions that harm" not in page
+    assert "accidents" not in page
 
 
 def test_tracks_come_from_where_they_were() -> None:

@@ -18,7 +18,7 @@ from robust_core.evaluation.plots import ACCENT, COOL, INK, LINE, MUTED, WARM, c
 from vision_robust.lidar.boxes import bev_corners
 from vision_robust.lidar.types import Detections, Frame
 
-__all__ = ["birds_eye_plot", "shapes_plot"]
+__all__ = ["birds_eye_plot", "extent", "shapes_plot"]
 
 _MOST_POINTS = 30_000
 _QUIET = "#8b94a5"
@@ -54,6 +54,19 @@ def _tracks(axes: Axes, trails: Mapping[int, np.ndarray]) -> None:
         )
 
 
+def extent(frame: Frame, reach: float = 45.0) -> tuple[float, float, float, float]:
+    """Return where a frame has points or boxes, and the sensor: from x, to x, from y, to y in metres.
+
+    Args:
+        frame: what is to be seen.
+        reach: metres from the sensor at most.
+    """
+    places = torch.cat([frame.points[:, :2], frame.boxes[:, :2].to(frame.points), frame.points.new_zeros(1, 2)])
+    near = places[(places.abs() <= reach).all(1)]
+    low, high = (near.amin(0) - 2).clamp_min(-reach).tolist(), (near.amax(0) + 2).clamp_max(reach).tolist()
+    return low[0], high[0], low[1], high[1]
+
+
 def birds_eye_plot(
     frame: Frame,
     *,
@@ -73,12 +86,12 @@ def birds_eye_plot(
             :func:`vision_robust.lidar.tracking.trails_of`.
         weights: (N,) in [0, 1], such as saliency: a colour for each point that has any, with a bar that tells it; by
             height when None.
-        reach: metres to every side.
-        view: from x, to x, from y, to y in metres, in the place of ``reach``.
+        reach: metres from the sensor that are seen at most.
+        view: from x, to x, from y, to y in metres, in the place of :func:`extent`.
         title: of the plot.
     """
     check_number("reach", reach, low=0, open_low=True)
-    left, right, low, high = view or (-reach, reach, -reach, reach)
+    left, right, low, high = view or extent(frame, reach)
     figure, axes = canvas(5.4, 1.1 + 4.1 * float(np.clip((high - low) / (right - left), 0.3, 1.2)))
     figure.set_dpi(_SHARP)
     points = frame.points.detach().cpu()

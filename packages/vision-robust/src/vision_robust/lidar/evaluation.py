@@ -236,6 +236,16 @@ def _kept(
     return result
 
 
+def _asked(model: Any, points: torch.Tensor, mask: torch.Tensor, hint: str = "") -> Any:
+    """Return what a user's model says; where it fails, say on what."""
+    try:
+        return model(points, mask)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"the model fails on points {tuple(points.shape)} and their mask: {error}{hint}") from error
+
+
 class _Shapes:
     """Classification of clouds of equal size."""
 
@@ -257,7 +267,9 @@ class _Shapes:
             clouds = (
                 Clouds.full(x) if how is None else corrupt_batch(x, *how, index=rows, generator=self.seed).compact()
             )
-            logits = self.model(clouds.points, clouds.mask)
+            logits = _asked(
+                self.model, clouds.points, clouds.mask, "; the layout of one without mask is 'BNC' or 'BCN'"
+            )
             if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(y):
                 raise TypeError(f"model returns {type(logits).__name__}; (B, n_classes) logits are needed")
             # NaN wins every maximum, and is no answer
@@ -335,7 +347,7 @@ class _Scenes:
         device = model_device(self.model) or torch.device("cpu")
         points = frame.points.to(device)
         mask = torch.ones(1, len(points), dtype=torch.bool, device=device)
-        found = self.model.detect(points[None], mask)  # pyright: ignore[reportCallIssue]
+        found = _asked(self.model.detect, points[None], mask)
         if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], Detections):
             raise TypeError("detect() returns one Detections for each cloud, in a list")
         said = found[0]

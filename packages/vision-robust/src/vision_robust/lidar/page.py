@@ -17,6 +17,7 @@ __all__ = ["render"]
 
 _LINES = 8
 """Corruptions in one plot; others stand in the table."""
+_ACCIDENTS = "Corruptions are accidents of weather, sensor and driving: nobody looked for the worst case."
 _NAMES = {"map/3d": "mean AP in space", "map/bev": "mean AP from above", "mota": "MOTA"}
 
 
@@ -31,7 +32,7 @@ def render(report: LidarReport) -> str:
     return Page(
         title=f"{d['model']} on {d['data']}",
         lead=f"{d['n']:,} {what}{corrupted} · seed {d['seed']} · {d['device']}",
-        intro=["Corruptions are accidents of weather, sensor and driving: nobody looked for the worst case."],
+        intro=[_ACCIDENTS] if n else [],
         cards=_cards(report),
         flags=d["flags"],
         clear="Checked: enough samples, clean figures above chance"
@@ -43,7 +44,8 @@ def render(report: LidarReport) -> str:
         sections=sections,
         provenance=[
             ("model", d["model_sha256"]), ("data", d["data_sha256"] or "read frame by frame"), ("seed", str(d["seed"])),
-            *[(name.replace("_", " "), _plain(value)) for name, value in d["details"].items()], *d["versions"].items(),
+            *[(name.replace("_", " "), _plain(value)) for name, value in d["details"].items() if value is not None],
+            *d["versions"].items(),
         ],
         command=d["command"],
         tables=[(f"All {len(d['figures'])} figures", _all(report))],
@@ -56,9 +58,9 @@ def _plain(value: object) -> str:
         return ", ".join(f"{name} {part:g}" for name, part in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    return (
-        {True: "yes", False: "no", None: "all"}.get(value, str(value)) if not isinstance(value, float) else f"{value:g}"
-    )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _span(levels: Sequence[int]) -> str:
@@ -93,24 +95,29 @@ def _card(label: str, estimate: Estimate) -> Card:
 def _curves(report: LidarReport, measure: str) -> Section:
     d = report.document
     levels, names, name = d["severities"], d["corruptions"], _NAMES.get(measure, measure)
-    values = np.array([[_value(report, f"{c}@{k}/{measure}") for k in levels] for c in names])
+    values = 100 * np.array([[_value(report, f"{c}@{k}/{measure}") for k in levels] for c in names])
     found: list[Plot] = []
     if len(levels) > 1:
         figure, axes = plots.canvas()
-        clean = report[f"{CLEAN}/{measure}"].value
+        clean = 100 * report[f"{CLEAN}/{measure}"].value
         hardest = np.argsort(values.mean(1))[:_LINES]
         for row in hardest:
-            axes.plot([0, *levels], [clean, *values[row]], marker="o", ms=3, lw=1.2, label=names[row].partition("/")[2])
+            axes.plot([0, *levels], [clean, *values[row]], marker="o", ms=3, lw=1.2, label=_short(names[row]))
         axes.set_xlabel("severity (0: clean)")
-        axes.set_ylabel(name)
-        axes.set_ylim(min(0.0, float(np.nanmin(values))), 1.0)
+        axes.set_ylabel(f"{name}, %")
+        low = min(0.0, clean, float(np.nanmin(values)))
+        axes.set_ylim(low - 0.02 * (100 - low), 100 + 0.02 * (100 - low))  # whole marks at both ends
         plots.legend(axes)
-        alt = "; ".join(f"{names[r]}: {', '.join(f'{v:.2f}' for v in values[r])}" for r in hardest)
+        alt = "; ".join(f"{names[r]}: {', '.join(f'{v:.0f} %' for v in values[r])}" for r in hardest)
         caption = f"The {len(hardest)} hardest of {len(names)}." if len(names) > len(hardest) else ""
         found.append(plot_of(figure, f"{name} against severity. {alt}.", measure, "curves", caption))
-    heat = plots.corruption_heat_map([n.partition("/")[2] for n in names], levels, values)
+    heat = plots.corruption_heat_map([_short(n) for n in names], levels, values / 100)
     found.append(plot_of(heat, f"{name} in percent, corruption by severity.", measure, "heat", "In percent."))
     return Section(f"{name} against severity", [], found)
+
+
+def _short(corruption: str) -> str:
+    return corruption.partition("/")[2].replace("_", " ")
 
 
 def _value(report: LidarReport, name: str) -> float:
@@ -156,7 +163,7 @@ def _view(seen: SeenFrame) -> tuple[float, float, float, float]:
 
 def _words(report: LidarReport) -> tuple[str, list[str]]:
     d, weighed = report.document, any(seen.weights is not None for seen in report.shown)
-    chosen = "clean, and at the hardest severity of the corruptions that harm most"
+    chosen = "clean" + ", and at the hardest severity of the corruptions that harm most" * bool(d["corruptions"])
     if d["task"] == "shapes":
         title, text = "What the model looks at", [f"Some shapes, {chosen}; the mark says whether the answer is right."]
         colours = "where a small move of the point would change the answer"

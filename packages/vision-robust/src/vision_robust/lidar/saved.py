@@ -93,6 +93,7 @@ def load_network(
     weights: str | os.PathLike[str] | None = None,
     layout: str | None = None,
     device: torch.device | str = "cpu",
+    seed: int = 0,
 ) -> tuple[nn.Module, tuple[str, ...] | None]:
     """Return the network that ``spec`` names, in eval mode, and its classes where they are known.
 
@@ -101,6 +102,7 @@ def load_network(
         weights: safetensors file for a factory's network.
         layout: ``BNC`` or ``BCN`` of a network that knows no mask; see :class:`~vision_robust.lidar.models.Unmasked`.
         device: where to put it.
+        seed: of what a factory draws, such as first weights.
 
     Raises:
         ValueError, ResourceError, UntrustedFileError: words, modules or files that are not right.
@@ -114,7 +116,8 @@ def load_network(
         classes.append(known)
         return model
 
-    model = loading.load_model(spec, weights=weights, schemes={"saved": saved}, device=device)
+    with reseeded(seed):
+        model = loading.load_model(spec, weights=weights, schemes={"saved": saved}, device=device)
     if layout is not None:
         model = Unmasked(model, layout=layout).eval()
     named: Sequence[str] | None = classes[0] if classes else getattr(model, "classes", None)

@@ -75,14 +75,14 @@ def evaluate(
     if difficulty is not None:
         check_word("--difficulty", difficulty, ("easy", "moderate", "hard"))
     levels = levels_of(severities)
+    names = named_corruptions(corruptions, shapes=data.partition(":")[0] in ("digits", "modelnet40"))
     from robust_core.device import choose_device
     from vision_robust.lidar.evaluation import evaluate as measure
     from vision_robust.lidar.saved import load_network
     from vision_robust.lidar.sources import Source
 
-    network, classes = load_network(model, weights=weights, layout=layout, device=choose_device(device))
+    network, classes = load_network(model, weights=weights, layout=layout, device=choose_device(device), seed=seed)
     found = open_data(data, split, classes)
-    names = named_corruptions(corruptions, shapes=not isinstance(found, Source))
     options: dict[str, Any] = {"sampling": sampling, "difficulty": difficulty}
     if overlap is not None and isinstance(found, Source):
         options["thresholds"] = dict.fromkeys(found.classes, overlap)

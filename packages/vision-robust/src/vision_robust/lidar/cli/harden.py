@@ -15,8 +15,6 @@ from vision_robust.lidar.cli.app import app
 from vision_robust.lidar.cli.words import DATA_HELP, LAYOUTS, check_data, check_out, open_data
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from robust_core.data import Dataset
     from vision_robust.lidar.saved import Blueprint
     from vision_robust.lidar.sources import Source
@@ -73,15 +71,18 @@ def harden(
     from vision_robust.lidar.intact import Classification, detection_of
     from vision_robust.lidar.intact import harden as train
     from vision_robust.lidar.models import Unmasked
-    from vision_robust.lidar.saved import build, save
+    from vision_robust.lidar.saved import build, load_network, save
 
-    settings, own = _settings(options or []), None if model is None else _own(model, layout, seed)
+    settings, own = (
+        _settings(options or []),
+        None if model is None else load_network(model, layout=layout, seed=seed)[0],
+    )
     found = open_data(data, split, None if own is None else getattr(own, "classes", None), train=True)
     columns, plan = _columns(found, frames, width, reach)
     student = build(plan, seed=seed) if own is None else own
     task = Classification() if _is_shapes(found) else detection_of(student)
     theirs = teacher or model
-    helper = build(plan, seed=seed + 1) if theirs is None else _own(theirs, layout, seed + 1)
+    helper = build(plan, seed=seed + 1) if theirs is None else load_network(theirs, layout=layout, seed=seed + 1)[0]
     where = choose_device(device)
     with console.progress() as report:
         done = train(
@@ -150,15 +151,6 @@ def _columns(
     return columns_of(seen), Blueprint("pillars", tuple(source.classes), {"grid": grid, "width": width or 32})
 
 
-def _own(spec: str, layout: str | None, seed: int) -> nn.Module:
-    """Return a user's network, whose factory draws its first weights from ``seed``."""
-    from robust_core.random import reseeded
-    from vision_robust.lidar.saved import load_network
-
-    with reseeded(seed):
-        return load_network(spec, layout=layout)[0]
-
-
 def _told(out: Path, json: bool, **about: Any) -> None:
     from robust_core.claim import versions
     from robust_core.io import write_json
@@ -169,4 +161,4 @@ def _told(out: Path, json: bool, **about: Any) -> None:
         console.emit_json(document)
         return
     console.info(f"{about['method']}: {about['steps']} steps on {about['n']} samples")
-    console.info(f"use it: robust lidar evaluate {about['use']}")
+    console.info(f"use it: robust lidar evaluate {about['use']} --data {about['data']}")

@@ -27,15 +27,15 @@ _DOTTED = "Boxes that returned fewer than five points are dotted; lines are wher
 def _seen_from_above(
     frames: list[tuple[str, Frame]], title: str, text: list[str], trails: dict[str, dict[int, Any]] | None = None
 ) -> Section:
-    """Return a section with frames from above; ``trails`` are those of each name."""
+    """Return a section with frames from above, all of what the first one shows; ``trails`` are those of each name."""
     from robust_core.evaluation.plots import to_svg
     from robust_core.evaluation.sections.base import Plot, Section
-    from vision_robust.lidar.birds_eye import birds_eye_plot
+    from vision_robust.lidar.birds_eye import birds_eye_plot, extent
 
-    plots = []
+    plots, view = [], extent(frames[0][1])
     for i, (name, frame) in enumerate(frames):
         alt = f"{name} from above: {len(frame.points)} points and {len(frame.boxes)} boxes"
-        figure = birds_eye_plot(frame, trails=(trails or {}).get(name))
+        figure = birds_eye_plot(frame, trails=(trails or {}).get(name), view=view)
         plots.append(Plot(to_svg(figure, alt, f"above{i}"), f"{name}: {len(frame.points):,} points"))
     return Section(title=title, text=text, plots=plots)
 
@@ -101,14 +101,14 @@ def simulate(
         trails[title] = trails_of(seen, [frame.pose for frame in seen])
     figures = {
         "frames": float(written),
-        "points": float(sum(len(f.points) for _, f in first) / len(first)),
-        "boxes": float(sum(len(f.boxes) for _, f in first) / len(first)),
+        "points_per_frame": float(sum(len(f.points) for _, f in first) / len(first)),
+        "boxes_per_frame": float(sum(len(f.boxes) for _, f in first) / len(first)),
         "sweeps_per_second": written / seconds,
     }
     document = _document(figures, f"simulated:{out.name}", seed, seconds)
     intro = (
         f"{beams} beams of {spec.n_azimuths} firings; {cars} cars, {pedestrians} people and {cyclists} cyclists "
-        f"in each of {sequences} streets; range noise {range_sigma:g} m."
+        f"in {'one street' if sequences == 1 else f'each of {sequences} streets'}; range noise {range_sigma:g} m."
     )
     above = _seen_from_above(first, "From above", [_DOTTED], trails)
     save_document(out, document, _page(document, f"Simulated driving: {written} frames", [intro], [above]))
@@ -133,7 +133,7 @@ def _page(document: dict[str, Any], title: str, intro: list[str], sections: list
         title=title,
         lead=document["data"],
         intro=intro,
-        cards=[Card(name.replace("_", " "), value) for name, value in list(shown.items())[:4]],
+        cards=[Card(name.replace("_", " ").replace("/", ", ", 1), value) for name, value in list(shown.items())[:4]],
         sections=sections,
         provenance=[("seed", str(document["seed"])), *document["versions"].items()],
         command=document["command"],

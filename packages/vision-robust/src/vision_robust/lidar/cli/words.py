@@ -97,6 +97,8 @@ def named_corruptions(words: str, *, shapes: bool = False) -> list[str]:
             found += [name for registry in (SHAPES if shapes else SCENES) for name in corruptions(registry)]
         elif word in REGISTRIES:
             found += corruptions(word)
+        elif close := [name for name in corruptions() if name.endswith(f"/{word}")]:
+            raise ValueError(f"--corruptions {word!r}: give {' or '.join(close)}")
         else:
             found.append(check_word("--corruptions", word, (*corruptions(), *REGISTRIES, "all")))
     return list(dict.fromkeys(found))

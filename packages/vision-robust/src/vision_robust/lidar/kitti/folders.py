@@ -84,6 +84,8 @@ class KittiObject:
             ids = [line.strip() for line in read_text(Path(ids)) if line.strip()]
         self.ids = tuple(sorted(p.stem for p in (self.folder / "velodyne").glob("*.bin")) if ids is None else ids)
         if not self.ids:
+            if next((self.folder / "velodyne").glob("*/*.bin"), None) is not None:
+                raise DataMissingError(f"{self.folder / 'velodyne'} holds sequences: it is kitti-tracking:{root}")
             raise DataMissingError(f"{self.folder / 'velodyne'} holds no .bin files; KITTI is {_HOW}")
 
     def __len__(self) -> int:
@@ -193,6 +195,8 @@ class KittiTracking:
         found = sorted(p.name for p in (self.folder / "velodyne").iterdir() if p.is_dir())
         self.names = tuple(found if sequences is None else sequences)
         if not self.names:
+            if next((self.folder / "velodyne").glob("*.bin"), None) is not None:
+                raise DataMissingError(f"{self.folder / 'velodyne'} holds no sequences but frames: it is kitti:{root}")
             raise DataMissingError(f"{self.folder / 'velodyne'} holds no sequences; KITTI is {_HOW}")
         self._options = (split == "training", camera_view, ego_motion)
 
