@@ -54,6 +54,7 @@ def test_wherever_it_is_stopped_the_interval_holds_the_worst_case(problem, every
         slack = 1e-6 * abs(whole.value)
         assert part.value <= whole.value + slack
         assert part.upper >= whole.value - slack
+        assert part.certified == (part.upper - part.value <= slack)
         proven.append(part.upper)
     assert proven[0] == math.inf  # nothing asked: there might be no recourse
     assert whole.upper < min(u for u in proven if u > whole.upper + 1e-6) < math.inf  # and stopped in between

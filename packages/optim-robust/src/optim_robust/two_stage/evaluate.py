@@ -54,7 +54,8 @@ class _Record:
         return cost, answer.y, answer.status
 
     def result(self, upper: float, tol: float, status: Status) -> WorstCase:
-        closed = self.value == upper or upper - self.value <= tol * max(1.0, abs(self.value))
+        near = math.isfinite(self.value) and upper - self.value <= tol * max(1.0, abs(self.value))
+        closed = self.value == upper or near
         kept = Status.OPTIMAL if closed else status
         return WorstCase(self.value, max(upper, self.value), self.xi, closed, kept, self.n, self.deadline.elapsed)
 
