@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "harden"]
 
 METHODS = ("intact", "intact-without-shift", "curriculum", "noise", "adversarial", "standard")
+_FEW = 5_000
+"""Shapes that are too few for dropout, and for a network that has to learn from bare coordinates."""
 
 
 @app.command()
@@ -136,9 +138,9 @@ def _columns(
     if _is_shapes(found):
         data: Any = found
         batch = data.batch(range(len(data)))
-        options = (
-            {} if width is None else {"widths": [width] * 3 + [2 * width, 16 * width], "head": [8 * width, 4 * width]}
-        )
+        options: dict[str, Any] = {"frequencies": 2, "dropout": 0.0} if len(data) < _FEW else {}
+        if width is not None:
+            options |= {"widths": [width] * 3 + [2 * width, 16 * width], "head": [8 * width, 4 * width]}
         names = data.classes or [str(i) for i in range(data.n_classes)]
         return {"x": batch["x"], "y": batch["y"]}, Blueprint("pointnet", tuple(names), options)
     source: Any = found
