@@ -1,6 +1,8 @@
 """Device helpers: what they switch, they switch back; batch search finds the edge exactly."""
 
 import os
+import subprocess
+import sys
 from unittest.mock import patch
 
 import pytest
@@ -110,6 +112,14 @@ def test_devices_and_precisions() -> None:
         assert layer(x).dtype == torch.float32
     with pytest.raises(ValueError, match="bfloat16"):
         device.autocast("cpu", "float8")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system knows of no other peak")
+def test_a_process_does_not_report_the_memory_of_the_one_that_started_it() -> None:
+    ballast = torch.ones(1 << 28)  # 1 GiB, which a child that has only imported torch is far from
+    script = "from robust_core import device\nwith device.memory() as used: pass\nprint(used.peak)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert 0 < int(done.stdout) < ballast.nbytes
 
 
 @pytest.mark.quick
