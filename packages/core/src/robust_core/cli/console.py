@@ -105,10 +105,12 @@ def _plain(console: Console) -> Callable[[str, int, int], None]:
 
 def figures_table(figures: Mapping[str, Mapping[str, Any]], *, title: str | None = None) -> None:
     """Print ``{name: {"value", "interval", "n"}}`` as a table."""
+    from robust_core.evaluation.sections.base import number  # not at the top: `--help` must not wait for torch
+
     rows = []
     for name, figure in figures.items():
         interval = figure.get("interval")
-        spread = "" if not interval else f"[{interval[0]:.4g}, {interval[1]:.4g}]"
+        spread = "" if not interval else f"[{number(interval[0])}, {number(interval[1])}]"
         value = figure["value"]
-        rows.append((name, "–" if value is None else f"{value:.4g}", spread, str(figure.get("n", ""))))
+        rows.append((name, "–" if value is None else number(value), spread, str(figure.get("n", ""))))
     table(("figure", "value", "95 % interval", "n"), rows, title=title)
