@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from robust_core.attacks.tokens import TokenProblem, TokenSearch, TokenSpace
+from robust_core.attacks.tokens import TokenProblem, TokenSpace
 from robust_core.testing import Case
 
 if TYPE_CHECKING:
@@ -17,10 +17,13 @@ __all__ = ["p4d", "unlearndiffatk"]
 
 
 def _planted(attack: TokenAttack) -> Case:
-    """Return the attack's own search, with its step sizes, on eight texts with a planted trigger of two tokens."""
+    """Return the attack's own search, with its step sizes, on eight texts with a planted trigger of two tokens.
+
+    The trigger is told by a loss, not by a judge of pictures, so the search compares losses here.
+    """
     from robust_core.testing.planted import PlantedTrigger
 
-    search: TokenSearch = replace(attack.search(256), padding=True)
+    search = replace(attack.search(256), padding=True, compare=True)
     model = PlantedTrigger()
     ids = torch.arange(8)[:, None] + torch.arange(10, 16)
     editable = torch.zeros_like(ids, dtype=torch.bool)
