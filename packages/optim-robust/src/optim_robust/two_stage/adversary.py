@@ -76,9 +76,9 @@ class _Plan:
     """
 
     def __init__(self, problem: TwoStageProblem, described: Described) -> None:
-        costs, (row0, row1) = described
+        self.described, (row0, row1) = described  # a problem describes each of its plans by as many costs
         self.costs: list[tuple[float, Array]] = []
-        for cost in costs:  # one that is nowhere the greater is no case
+        for cost in self.described:  # one that is nowhere the greater is no case
             if not any(_never_above(cost, other, problem) for other in self.costs):
                 self.costs = [other for other in self.costs if not _never_above(other, cost, problem)] + [cost]
         scale = (1 + np.abs(problem.h.constant))[problem.uncertain_rows]
@@ -119,8 +119,7 @@ class _Pool:
 
     def add(self, plan: _Plan) -> None:
         self.plans = [*self.plans[1 - self.most :], plan]
-        costs = plan.costs if len(plan.costs) == 2 else plan.costs[:1] * 2  # no problem here has more than two
-        new = (np.array([c for c, _ in costs]), np.array([s for _, s in costs]), plan.row0, plan.row1)
+        new = (np.array([c for c, _ in plan.described]), np.array([s for _, s in plan.described]), plan.row0, plan.row1)
         old = self.tables or tuple(np.empty((0, *t.shape)) for t in new)
         self.tables = tuple(np.concatenate([o[1 - self.most :], n[None]]) for o, n in zip(old, new, strict=True))
 
