@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from optim_robust.solver import Deadline, SmallMaximum, Status
-from optim_robust.two_stage import AffineMatrix, AffineVector, CapitalBudgeting, Stage, TwoStageProblem
+from optim_robust.two_stage import (
+    AffineMatrix,
+    AffineVector,
+    CapitalBudgeting,
+    KAdaptability,
+    Stage,
+    StaticRobust,
+    TwoStageProblem,
+    WorstCase,
+)
 from optim_robust.two_stage.evaluate import evaluate_points, evaluate_pool
 from optim_robust.two_stage.multiple_choice import multiple_choice_knapsack
 from optim_robust.uncertainty import Box
@@ -157,3 +166,15 @@ def test_a_small_maximum_is_that_of_another_solver_and_never_below_it(n, m, seed
     else:
         assert point is None
         assert bound == (-math.inf if status == Status.INFEASIBLE else math.inf)
+
+
+@pytest.mark.parametrize("method", [StaticRobust(), KAdaptability(2)])
+def test_plans_prepared_for_the_whole_set_are_a_guarantee_where_time_does_not_suffice_for_more(method, monkeypatch):
+    problem = stores(1)
+    whole = method.solve(problem)
+    nothing = WorstCase(-math.inf, math.inf, None, False, Status.TIME_LIMIT)
+    monkeypatch.setattr(problem, "evaluate", lambda x, **_: nothing)
+    part = method.solve(problem)
+    assert whole.worst_case - 1e-6 <= part.upper < math.inf
+    assert not part.certified
+    assert part.upper >= TwoStageProblem.evaluate(problem, part.x).value - 1e-6

@@ -30,7 +30,7 @@ from optim_robust.solver import Deadline, Program, SmallMaximum, Status
 from optim_robust.two_stage.problem import TwoStageProblem
 from optim_robust.uncertainty import Discrete
 
-__all__ = ["ROW_TOLERANCE", "Oracle", "Worst", "cost_ceiling", "static_program", "worst_of_plans"]
+__all__ = ["ROW_TOLERANCE", "Oracle", "Worst", "cost_ceiling", "plan_ceiling", "static_program", "worst_of_plans"]
 
 Array = NDArray[np.float64]
 Cut = tuple[Array, float]  # row @ (xi, theta) <= number
@@ -56,6 +56,16 @@ def cost_ceiling(problem: TwoStageProblem, x: Array) -> float:
     corners = [np.where(p == 0, 0.0, p * b) for p in (low, up) for b in (problem.y.lower, problem.y.upper)]
     with np.errstate(invalid="ignore"):
         return float(_interval(constant, slopes, problem)[1] + np.max(corners, axis=0).sum())
+
+
+def plan_ceiling(problem: TwoStageProblem, x: Array, y: Array) -> float:
+    """Return what the one plan y costs with x at worst; infinite where some xi breaks a row by ``ROW_TOLERANCE``."""
+    row0, row1 = problem.row_form(x, y)
+    excess = [row0[r] + row1[r] @ problem.uncertainty.worst(row1[r]) for r in range(len(row0))]
+    if (np.array(excess) > ROW_TOLERANCE * (1 + np.abs(problem.h.constant))).any():
+        return math.inf
+    constant, slopes = problem.cost_form(x, y)
+    return constant + float(slopes @ problem.uncertainty.worst(slopes))
 
 
 @dataclass(frozen=True)

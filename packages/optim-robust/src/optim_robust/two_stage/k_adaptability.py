@@ -90,7 +90,7 @@ class KAdaptability:
             xi, value = _worst_of_plans(problem, x, ys, run)
             if value < best:
                 best, plans, x_best = value, ys, x
-                run.evaluate(x)
+                run.evaluate(x, known=value)
             if xi is None or (math.isfinite(value) and value <= answer.value + self.tol * max(1e-9, abs(value)) / 2):
                 closed = min(closed, answer.bound)
                 continue
@@ -118,7 +118,7 @@ class KAdaptability:
         _, value = _worst_of_plans(problem, answer.point[x], plans[:1], run)
         if value == math.inf:
             return math.inf, None, None
-        run.evaluate(answer.point[x])
+        run.evaluate(answer.point[x], known=value)
         return value, plans, answer.point[x]
 
     def _node(

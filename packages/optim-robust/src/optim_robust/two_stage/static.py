@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from optim_robust.solver import Status
-from optim_robust.two_stage.adversary import static_program
+from optim_robust.two_stage.adversary import plan_ceiling, static_program
 from optim_robust.two_stage.problem import TwoStageProblem
 from optim_robust.two_stage.solution import TwoStageSolution
 from optim_robust.two_stage.tracking import OnStep, Tracker, scenario_bound, scenario_program
@@ -43,7 +43,7 @@ class StaticRobust:
         if answer.point is None:
             return run.finish(restricted(run, answer.status))
         run.info["static_value"] = answer.value
-        worst = run.evaluate(answer.point[x])
+        worst = run.evaluate(answer.point[x], known=plan_ceiling(problem, answer.point[x], answer.point[y]))
         run.scenarios = [problem.uncertainty.nominal] + ([] if worst.xi is None else [worst.xi])
         run.raise_bound(scenario_bound(problem, run.scenarios, run.deadline))
         stop = Status.FEASIBLE if answer.status == Status.OPTIMAL else answer.status

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -107,13 +108,15 @@ class Tracker:
         self.lower = max(self.lower, min(last, bound))
         self.raise_bound(bound)
 
-    def evaluate(self, x: Array) -> WorstCase:
-        """Find the true worst case of ``x`` and keep it if it guarantees more than the incumbent."""
+    def evaluate(self, x: Array, *, known: float = math.inf) -> WorstCase:
+        """Find the true worst case of ``x``, at most ``known``; keep it if it guarantees more than the incumbent."""
         x = np.where(self.problem.x.integer, np.round(x), x)
         if not self.problem.first_stage_violation(x) <= FEASIBILITY:
             return WorstCase(math.nan, math.inf, None, False, Status.ERROR)
         left = max(self.deadline.left, 0.5 + 0.05 * min(self.deadline.limit, 1e6))
         worst = self.problem.evaluate(x, time_limit=left)
+        if known < worst.upper:  # plans that were prepared serve the whole set, whether or not the time sufficed
+            worst = replace(worst, upper=max(known, worst.value))
         better = self.worst is None or (worst.upper, worst.value) < (self.worst.upper, self.worst.value)
         if better:
             self.x, self.worst = x, worst
